@@ -1,0 +1,233 @@
+"""BERT's encoder, from its weights on disk to its hidden states.
+
+This is the ground SmartBERT stands on: embeddings and a stack of L identical layers (Devlin et al., 2019,
+section 3; Vaswani et al., 2017, section 3). Nothing here knows of gates or exits. The one thing that differs from
+other BERTs is that a layer can be run alone, on whichever rows of a batch want it.
+
+    bert = load_bert("path/to/bert-base-uncased")        # config.json, vocab.txt, pytorch_model.bin
+    hiddens = bert(ids, types, mask)                     # [h_0, h_1, ..., h_L], each (B, S, H)
+
+Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H), A attention heads, D = H / A, L layers.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """A weights folder that cannot be used; the message is one line that says why and what to do."""
+
+
+@dataclass
+class BertConfig:
+    """The shape of a BERT, under the names of Hugging Face's config.json. The defaults are bert-base-uncased's."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768                      # H
+    num_hidden_layers: int = 12                 # L
+    num_attention_heads: int = 12               # A
+    intermediate_size: int = 3072               # I
+    max_position_embeddings: int = 512          # the longest S
+    type_vocab_size: int = 2                    # first sentence, second sentence
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02             # standard deviation of fresh weights
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
+                               f"num_attention_heads {self.num_attention_heads}")
+
+
+class Embeddings(nn.Module):
+    """What a token is + where it stands + which sentence it is in, normalised."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, ids: Tensor, types: Tensor) -> Tensor:
+        h = self.word(ids) + self.position.weight[:ids.shape[1]] + self.segment(types)     # (B, S, H)
+        return self.dropout(self.norm(h))
+
+
+class Layer(nn.Module):
+    """One layer: every token looks at the others (attention), then thinks alone (feed-forward)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        H, I = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(H, 3 * H)          # query, key and value in one product: one large one beats three
+        self.out = nn.Linear(H, H)
+        self.norm1 = nn.LayerNorm(H, config.layer_norm_eps)
+        self.up = nn.Linear(H, I)
+        self.down = nn.Linear(I, H)
+        self.norm2 = nn.LayerNorm(H, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        """h (B, S, H), mask (B, S) True at real tokens or None when all are -> (B, S, H)."""
+        B, S, H = h.shape
+        q, k, v = self.qkv(h).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, A, S, D)
+        # softmax(q k^T / sqrt(D)) v, with nothing seen of the padding
+        a = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],        # (B, 1, 1, S)
+            dropout_p=self.attention_dropout if self.training else 0.0)                 # (B, A, S, D)
+        a = a.transpose(1, 2).reshape(B, S, H)
+        h = self.norm1(h + self.dropout(self.out(a)))
+        return self.norm2(h + self.dropout(self.down(F.gelu(self.up(h)))))
+
+
+class Bert(nn.Module):
+    """The encoder. `forward` runs every layer on every row; SmartBERT calls `embeddings` and `layers[i]` itself."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.apply(self.initialise)
+
+    def initialise(self, module: nn.Module) -> None:
+        """Fresh weights as in BERT: normal with a small deviation, biases zero."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> list[Tensor]:
+        """ids, types (B, S) long, mask (B, S) bool, True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
+        hiddens = [self.embeddings(ids, types)]
+        mask = needed(mask)
+        for layer in self.layers:
+            hiddens.append(layer(hiddens[-1], mask))
+        return hiddens
+
+
+def needed(mask: Tensor) -> Tensor | None:
+    """None for a batch without padding: attention without a mask takes a faster path to the same numbers."""
+    return None if bool(mask.all()) else mask
+
+
+# --- Weights from disk ------------------------------------------------------------------------------------------------
+
+# Hugging Face's names for the parts of one layer, and ours. Three parts of theirs make one of ours, in this order.
+LAYER_PARTS = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "out": ("attention.output.dense",),
+    "norm1": ("attention.output.LayerNorm",),
+    "up": ("intermediate.dense",),
+    "down": ("output.dense",),
+    "norm2": ("output.LayerNorm",),
+}
+EMBEDDING_PARTS = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings",
+                   "norm": "LayerNorm"}
+# In a file for pre-training but not in the encoder: the pooler, the heads, and a buffer that counts 0 1 2 ...
+IGNORED = ("pooler.", "cls.", "embeddings.position_ids")
+
+
+def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
+    """Our parameter's name -> the names in the file whose tensors, one below the other, fill it."""
+    table = {f"embeddings.{ours}.weight": (f"embeddings.{theirs}.weight",) for ours, theirs in EMBEDDING_PARTS.items()}
+    table["embeddings.norm.bias"] = ("embeddings.LayerNorm.bias",)
+    for i in range(config.num_hidden_layers):
+        for ours, parts in LAYER_PARTS.items():
+            for kind in ("weight", "bias"):
+                table[f"layers.{i}.{ours}.{kind}"] = tuple(f"encoder.layer.{i}.{part}.{kind}" for part in parts)
+    return table
+
+
+def convert_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+    """A file's tensors -> a state dict for `Bert`, in fp32.
+
+    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises WeightsError
+    naming the tensor that is missing or that no part of an encoder of this config would use.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("bert.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if not name.startswith(IGNORED):
+            found[name] = tensor
+    state = {}
+    for ours, theirs in name_table(config).items():
+        for name in theirs:
+            if name not in found:
+                raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
+                                   f"{config.num_hidden_layers} layers, as config.json says")
+        state[ours] = torch.cat([found.pop(name).float() for name in theirs])
+    if found:
+        raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
+    return state
+
+
+def read_config(folder: Path) -> BertConfig:
+    """config.json of a weights folder. Raises WeightsError where it is missing, broken or of another architecture."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise WeightsError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
+    except ValueError:
+        raise WeightsError(f"{path} is not JSON: download it again")
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} is not a JSON object: download it again")
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise WeightsError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise WeightsError(f"{path}: only absolute position embeddings are known")
+    known = {field.name for field in fields(BertConfig)}
+    return BertConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of pytorch_model.bin, or of model.safetensors where the package safetensors is installed."""
+    path = folder / "pytorch_model.bin"
+    if path.is_file():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            raise WeightsError(f"{path} is truncated or no PyTorch weights file: download it again")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise WeightsError(f"{path} is truncated or no safetensors file: download it again")
+
+
+def load_bert(folder: str | Path) -> Bert:
+    """A pre-trained encoder from a local folder in the hub's layout, as fp32.
+
+    Raises WeightsError, one line, for a missing or truncated file and for every tensor that is missing, unexpected or
+    of another shape than config.json makes it.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    state = convert_names(read_tensors(folder), config)
+    bert = Bert(config)
+    for name, parameter in bert.named_parameters():
+        if state[name].shape != parameter.shape:
+            raise WeightsError(f"{folder}: {' + '.join(name_table(config)[name])} has shape {tuple(state[name].shape)}, "
+                               f"but config.json makes it {tuple(parameter.shape)}")
+    bert.load_state_dict(state)
+    return bert

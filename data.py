@@ -1,0 +1,472 @@
+"""All that comes from outside: GLUE's files, Google's weights, the tokenizer, batches, metrics; and a toy task.
+
+GLUE (Wang et al., 2019) is read as it is meant to be read: tab separated, no quoting, UTF-8. The eight tasks are the
+paper's. Where nothing may be downloaded, `--task toy` writes sentences of known difficulty on the spot.
+
+    splits = load_task("rte", data_dir="~/glue")                # {"train": Split, "dev": Split}
+    tokenizer = load_tokenizer("path/to/bert-base-uncased")
+    for batch in batches(encode(tokenizer, splits["train"]), 32, seed=1): ...
+
+Dimensions: B rows (examples), S tokens of the longest row. A DataError carries one line for the user.
+"""
+
+import difflib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+from tokenizers.implementations import BertWordPieceTokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+HUB_URL = "https://huggingface.co/"
+
+
+class DataError(ValueError):
+    """Data, weights or a name that cannot be used; the message is one line that says what is wrong and what to do."""
+
+
+# --- The tasks --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task. columns: where text, second text and label stand, by name or (no header) by number."""
+    name: str
+    folder: str                                 # GLUE's folder
+    columns: tuple                              # (text, second text or None, label)
+    labels: tuple[str, ...] = ("0", "1")        # as they stand in the files; the position is the class id
+    metrics: tuple[str, ...] = ("accuracy",)    # the first is the one that is compared
+    devs: tuple[str, ...] = ("dev",)
+    archive: str = ""
+
+
+PAIR = ("sentence1", "sentence2", "label")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {task.name: task for task in (
+    Task("cola", "CoLA", (3, None, 1), metrics=("matthews",), archive="CoLA.zip"),
+    Task("sst2", "SST-2", ("sentence", None, "label"), archive="SST-2.zip"),
+    Task("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), metrics=("f1", "accuracy")),
+    Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy"), archive="QQP-clean.zip"),
+    Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"), labels=("contradiction", "entailment", "neutral"),
+         devs=("dev_matched", "dev_mismatched"), archive="MNLI.zip"),
+    Task("qnli", "QNLI", ("question", "sentence", "label"), labels=ENTAILMENT, archive="QNLIv2.zip"),
+    Task("rte", "RTE", PAIR, labels=ENTAILMENT, archive="RTE.zip"),
+    Task("wnli", "WNLI", PAIR, archive="WNLI.zip"),
+    Task("toy", "", (), labels=("bad", "good")),
+)}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name. Raises DataError with the nearest known name."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name.lower(), TASKS, 1, 0.4)
+    raise DataError(f"unknown task {name!r}{f'; did you mean {near[0]}?' if near else ';'} "
+                    f"known are {', '.join(TASKS)}")
+
+
+@dataclass
+class Split:
+    """Examples of one split. texts: (text, second text or None); labels: class ids; levels: the toy's difficulty;
+    ids, types: token and segment ids of each example, there once `encode` has run; partial: from a *.partial.tsv."""
+    texts: list[tuple[str, str | None]]
+    labels: list[int]
+    levels: list[int] | None = None
+    ids: list[list[int]] = field(default_factory=list)
+    types: list[list[int]] = field(default_factory=list)
+    partial: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices) -> "Split":
+        """The examples at these positions, in this order."""
+        def take(values):
+            return [values[i] for i in indices] if values else values
+        return replace(self, texts=take(self.texts), labels=take(self.labels), levels=take(self.levels),
+                       ids=take(self.ids), types=take(self.types))
+
+
+def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path | None = None,
+              seed: int = 0) -> dict[str, Split]:
+    """{"train": Split, "dev": Split} ("dev_matched", "dev_mismatched" for mnli), not encoded yet.
+
+    data_dir holds GLUE's folders or is the task's own; without it the official files are downloaded into the cache.
+    seed is the toy's. Raises DataError.
+    """
+    task = find_task(name)
+    if name == "toy":
+        return toy(seed=seed)
+    folder = glue_folder(task, data_dir, cache)
+    return {split: read_split(task, folder, split) for split in ("train", *task.devs)}
+
+
+def read_split(task: Task, folder: Path, split: str) -> Split:
+    """One tsv file. Rows that lack fields are left out, counted and named on stderr; a label that the task does not
+    know, a column that is missing and a file without examples raise DataError."""
+    path = folder / f"{split}.tsv"
+    partial = not path.is_file() and (folder / f"{split}.partial.tsv").is_file()
+    if partial:
+        path = folder / f"{split}.partial.tsv"
+    try:
+        # Lines end at \n alone: the texts hold other characters that str.splitlines would take for line ends.
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
+    except OSError:
+        raise DataError(f"{path} cannot be read: put {task.folder}'s {split}.tsv there, or leave out --data_dir to "
+                        f"download it")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8: download it again")
+    columns, first = task.columns, 0
+    if any(isinstance(column, str) for column in columns):
+        header, first = lines[0].split("\t"), 1
+        for column in columns:
+            if column and column not in header:
+                raise DataError(f"{path} has no column {column!r}: it is not {task.folder}'s {split}.tsv")
+        columns = tuple(header.index(column) if column else None for column in columns)
+    texts, labels, short = [], [], []
+    for number, line in enumerate(lines[first:], first + 1):
+        cells = line.split("\t")
+        if len(cells) <= max(column for column in columns if column is not None):
+            short.append(number)
+            continue
+        text, second, label = (None if column is None else cells[column] for column in columns)
+        if label not in task.labels:
+            raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}")
+        texts.append((text, second))
+        labels.append(task.labels.index(label))
+    if not labels:
+        raise DataError(f"{path} holds no examples: download it again")
+    if short:
+        print(f"{path}: left out {len(short)} rows that lack fields (line {', '.join(map(str, short[:5]))}"
+              f"{', ...' if len(short) > 5 else ''})", file=sys.stderr)
+    return Split(texts, labels, partial=partial)
+
+
+def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
+    """Part a split in two: (the rest, about `share` of each class), by seed."""
+    rng, held = random.Random(seed), []
+    for label in sorted(set(split.labels)):
+        members = [i for i, other in enumerate(split.labels) if other == label]
+        held += rng.sample(members, round(share * len(members)))
+    chosen = set(held)
+    return split.select([i for i in range(len(split)) if i not in chosen]), split.select(sorted(chosen))
+
+
+# --- From the network to the disk -------------------------------------------------------------------------------------
+
+def cache_dir(folder: str | Path | None = None) -> Path:
+    """Where downloads go: the argument, else SMARTBERT_CACHE, else smartbert/ in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(folder or os.environ.get("SMARTBERT_CACHE") or Path(base) / "smartbert").expanduser()
+
+
+def write_whole(path: str | Path, save: Callable[[io.BufferedWriter], None]) -> None:
+    """Write a file so that it is there whole or not at all: a temporary neighbour, fsync, then one atomic rename."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch url to path. What has come so far stays in path.part, from where the next call goes on; the file appears
+    under its name only when its size is the one the server gave. Raises DataError naming the file to put by hand."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.is_file() else 0
+    by_hand = f"fetch {url} by hand and put it at {path}"
+    try:
+        # identity: a compressed body would make byte counts meaningless
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+            if answer.status_code == 416:           # what we have is not the beginning of what is there: start over
+                part.unlink()
+                return download(url, path)
+            answer.raise_for_status()
+            resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            have = have if resumed else 0
+            length = answer.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with open(part, "ab" if resumed else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
+                for chunk in answer.iter_content(1 << 16):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+    except (requests.RequestException, ConnectionError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"the server answered {status}" if status else "no connection, or it broke"
+        raise DataError(f"could not download {path.name} ({reason}): run again to go on, or {by_hand}")
+    size = part.stat().st_size
+    if total is not None and size != total:
+        if size > total:
+            part.unlink()
+        raise DataError(f"{path.name} came with {size} of {total} bytes: run again to go on, or {by_hand}")
+    os.replace(part, path)
+
+
+def glue_folder(task: Task, data_dir: str | Path | None = None, cache: str | Path | None = None) -> Path:
+    """The folder with the task's tsv files: in data_dir, or in the cache, downloaded where it is not there yet."""
+    if data_dir is not None:
+        base = Path(data_dir).expanduser()
+        if not base.is_dir():
+            raise DataError(f"--data_dir {base} is no folder")
+        return base / task.folder if (base / task.folder).is_dir() else base
+    folder = cache_dir(cache) / "glue" / task.folder
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if task.archive:
+        archive = folder.parent / task.archive
+        if not archive.is_file():
+            download(GLUE_URL + task.archive, archive)
+    else:
+        names = {name: folder.parent / name for name in
+                 ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "mrpc_dev_ids.tsv")}
+        for name, path in names.items():
+            if not path.is_file():
+                download((GLUE_URL if name.endswith(".tsv") else MRPC_URL) + name, path)
+    # Unpacked beside its place and renamed as a whole, so that a folder under its name is complete.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        if task.archive:
+            unpack(archive, Path(temporary), task)
+        else:
+            assemble_mrpc(Path(temporary), *names.values())
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, folder)
+        os.mkdir(temporary)             # what TemporaryDirectory will want to remove
+    return folder
+
+
+def unpack(archive: Path, folder: Path, task: Task) -> None:
+    """The tsv files of a GLUE zip, and nothing else, into folder. Raises DataError for a zip that is not whole."""
+    wanted = {f"{split}.tsv" for split in ("train", *task.devs)}
+    try:
+        with zipfile.ZipFile(archive) as files:
+            for name in files.namelist():
+                # Only a file name of our own list is ever written: no path in the zip can lead elsewhere.
+                if name in {f"{task.folder}/{file}" for file in wanted} | wanted:
+                    with files.open(name) as source, open(folder / Path(name).name, "wb") as target:
+                        shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError):
+        archive.unlink(missing_ok=True)
+        raise DataError(f"{archive} was truncated or is no zip, and is removed: run again to download it")
+    missing = wanted - {path.name for path in folder.iterdir()}
+    if missing:
+        raise DataError(f"{archive} lacks {', '.join(sorted(missing))}: remove it and run again")
+
+
+def assemble_mrpc(folder: Path, train: Path, test: Path, dev_ids: Path) -> None:
+    """MRPC's train, dev and test from Microsoft's two texts and GLUE's list of dev pairs."""
+    header, *rows = train.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    pairs = {tuple(line.split("\t")[:2]) for line in dev_ids.read_text(encoding="utf-8").split("\n")}
+    dev = [tuple(row.split("\t")[1:3]) in pairs for row in rows]
+    for name, chosen in (("train", False), ("dev", True)):
+        lines = [header, *(row for row, is_dev in zip(rows, dev) if is_dev == chosen)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shutil.copyfile(test, folder / "test.tsv")
+
+
+MINIATURES = {f"google/bert_uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
+              for layers in (2, 4, 6, 8, 10, 12) for hidden in (128, 256, 512, 768)}
+
+
+def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
+    """A folder with config.json, vocab.txt and pytorch_model.bin: `name` itself where it is a folder, else Google's
+    weights of that name on the hub, downloaded into the cache once. Raises DataError."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    name = {"bert-base-uncased": "google-bert/bert-base-uncased"}.get(name, name)
+    if name not in MINIATURES | {"google-bert/bert-base-uncased"}:
+        raise DataError(f"weights {name!r} are neither a folder nor one of Google's: google-bert/bert-base-uncased or "
+                        f"google/bert_uncased_L-4_H-256_A-4 (L 2 to 12 by 2; H 128, 256, 512, 768; A = H / 64)")
+    folder = cache_dir(cache) / "weights" / name.replace("/", "--")
+    for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
+        if not (folder / file).is_file():
+            download(f"{HUB_URL}{name}/resolve/main/{file}", folder / file)
+    return folder
+
+
+# --- Tokens and batches -----------------------------------------------------------------------------------------------
+
+def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
+    """BERT's WordPiece tokenizer over folder/vocab.txt; lower-case unless a tokenizer_config.json there says not."""
+    folder = Path(folder)
+    path = folder / "vocab.txt"
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise DataError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
+    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words)
+    if missing:
+        raise DataError(f"{path} is no BERT vocabulary: it lacks {' '.join(sorted(missing))}")
+    config = folder / "tokenizer_config.json"
+    lower = not config.is_file() or json.loads(config.read_text()).get("do_lower_case", True)
+    return BertWordPieceTokenizer(str(path), lowercase=lower)
+
+
+def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
+    """vocab.txt and the case setting, so that `load_tokenizer(folder)` gives the same tokenizer again."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    write_whole(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
+    write_json(Path(folder) / "tokenizer_config.json", {"do_lower_case": tokenizer.normalizer.lowercase})
+
+
+def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
+    """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP], of which the longer
+    one is cut first where both together exceed max_length tokens."""
+    if max_length < 8:
+        raise DataError(f"--max_length {max_length} is too short for a sentence: use 8 or more")
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    done = tokenizer.encode_batch([text if second is None else (text, second) for text, second in split.texts])
+    return replace(split, ids=[e.ids for e in done], types=[e.type_ids for e in done])
+
+
+@dataclass
+class Batch:
+    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels (B,); index (B,): places in the split."""
+    ids: Tensor
+    types: Tensor
+    mask: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def to(self, device: str | torch.device) -> "Batch":
+        return Batch(*(value.to(device) for value in vars(self).values()))
+
+
+def collate(split: Split, indices: list[int]) -> Batch:
+    """These examples as one batch, padded (id 0, as in every BERT vocabulary) to the longest of them only."""
+    lengths = torch.tensor([len(split.ids[i]) for i in indices])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
+    ids, types = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
+    types[mask] = torch.tensor([kind for i in indices for kind in split.types[i]])
+    return Batch(ids, types, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
+
+
+def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
+    """Which examples make which batch: like lengths together, so that little is padded.
+
+    Without a seed: sorted by length, for evaluation. With one, for training: shuffled, sorted only within pools of 50
+    batches, and the batches shuffled again; the same seed gives the same order.
+    """
+    lengths = np.array([len(ids) for ids in split.ids])
+    if seed is None:
+        order = np.argsort(lengths, kind="stable")
+        return [order[i:i + size].tolist() for i in range(0, len(order), size)]
+    rng, cut = np.random.default_rng(seed), []
+    order = rng.permutation(len(lengths))
+    for start in range(0, len(order), 50 * size):
+        pool = order[start:start + 50 * size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        cut += [pool[i:i + size].tolist() for i in range(0, len(pool), size)]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
+    """The split in the batches of `batch_indices`, each padded to its own longest row."""
+    return (collate(split, indices) for indices in batch_indices(split, size, seed))
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, float]:
+    """The task's metrics (main one first) of predicted class ids: accuracy and F1 of class 1 in 0..1, Matthews' in
+    -1..1; F1 and Matthews' are 0 where they are undefined."""
+    p, y = np.asarray(predictions), np.asarray(labels)
+    hit, false_alarm = float(np.sum((p == 1) & (y == 1))), float(np.sum((p == 1) & (y != 1)))
+    miss, rest = float(np.sum((p != 1) & (y == 1))), float(np.sum((p != 1) & (y != 1)))
+    spread = ((hit + false_alarm) * (hit + miss) * (rest + false_alarm) * (rest + miss)) ** 0.5
+    values = {"accuracy": lambda: float(np.mean(p == y)),
+              "f1": lambda: 2 * hit / max(2 * hit + false_alarm + miss, 1.0),
+              "matthews": lambda: (hit * rest - false_alarm * miss) / spread if spread else 0.0}
+    return {metric: values[metric]() for metric in task.metrics}
+
+
+def majority(task: Task, labels: list[int]) -> dict[str, float]:
+    """The scores of always answering the most frequent class: what has been learned when nothing has."""
+    most = max(sorted(set(labels)), key=labels.count)
+    return scores(task, [most] * len(labels), labels)
+
+
+# --- The toy task -----------------------------------------------------------------------------------------------------
+
+GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
+BAD = ("cruel", "cowardly", "false", "rude", "foolish", "lazy")
+NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown")
+FILLERS = ("old", "young", "small", "tall", "tired", "quiet")
+PLACES = ("at home", "in town", "by the sea", "on the hill", "in the garden", "at night")
+# Each of these turns the meaning of all that follows.
+NEGATIONS = ("it is not true that", "it is wrong that", "nobody believes that", "we doubt that", "they deny that")
+# These turn nothing.
+AFFIRMATIONS = ("it is true that", "it is right that", "everybody believes that", "we know that", "they say that")
+
+
+def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> dict[str, Split]:
+    """Sentences with `levels` nested clauses around a good or a bad quality; level k of 0 .. levels - 1 holds k
+    negations, and the label is whether the whole says something good.
+
+        level 2:  we doubt that it is true that nobody believes that the old cat is kind     -> good
+
+    Levels, qualities and labels are balanced, and levels even and odd are equally many: every word stands in good and
+    in bad sentences alike, so counting words tells nothing; the negations must be composed. No sentence occurs twice.
+    """
+    rng, seen = random.Random(seed), set()
+
+    def sentence(level: int, good: bool) -> str:
+        clauses = [rng.choice(NEGATIONS) for _ in range(level)]
+        clauses += [rng.choice(AFFIRMATIONS) for _ in range(rng.randint(0, levels - level))]
+        rng.shuffle(clauses)
+        quality = rng.choice(GOOD if good == (level % 2 == 0) else BAD)
+        filler = [rng.choice(FILLERS)] if rng.random() < 0.5 else []
+        place = [rng.choice(PLACES)] if rng.random() < 0.5 else []
+        return " ".join([*clauses, "the", *filler, rng.choice(NOUNS), "is", quality, *place])
+
+    def split(size: int) -> Split:
+        texts, labels, each = [], [], []
+        while len(texts) < size:
+            level, good = len(texts) // 2 % levels, len(texts) % 2
+            text = sentence(level, bool(good))
+            if text not in seen:
+                seen.add(text)
+                texts.append((text, None))
+                labels.append(good)
+                each.append(level)
+        return Split(texts, labels, each)
+
+    return {"train": split(train), "dev": split(dev)}
+
+
+def toy_tokenizer() -> BertWordPieceTokenizer:
+    """A tokenizer whose vocabulary is the toy grammar's words."""
+    phrases = (*GOOD, *BAD, *NOUNS, *FILLERS, *PLACES, *NEGATIONS, *AFFIRMATIONS, "the is")
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(names)})

@@ -1,0 +1,333 @@
+"""SmartBERT: a BERT that passes by layers it does not need and stops as soon as it is sure.
+
+Hu, Zhu, Li, Tang: "SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT Inference",
+IJCAI 2023. Every layer gets two small companions: a *skipping gate* that reads what enters the layer and says whether
+to run it for this example, and an *exit head* that reads what leaves it and says whether the answer is already sure.
+
+The chapter in the order of the paper: gate and exit head, hard weight, cross-layer contrast, the losses of the two
+training phases, dynamic inference, its cost. "Release" means the authors' code, github HuBoren99/SmartBert.
+
+Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers, C classes, N rows of a pool.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert import Bert, needed
+
+
+# --- Skipping gate and exit head --------------------------------------------------------------------------------------
+
+def width(hidden_size: int) -> int:
+    """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size."""
+    return max(8, 8 * round(hidden_size / 48))
+
+
+class ClsAttention(nn.Module):
+    """The body that gates and heads share: shrink the tokens to W, then look at them from [CLS].
+
+    The release computes the attention of every token (models/MultiheadAttention.py:33-66) and then reads [CLS] alone
+    (models/Gate.py:19). The queries of the other tokens change nothing, so only [CLS] asks here: S times fewer scores.
+    """
+
+    def __init__(self, hidden_size: int, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.heads, self.dropout = heads, dropout
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h (B, S, H), mask (B, S) or None -> what [CLS] saw (B, W), the shrunken tokens z (B, S, W)."""
+        B, S, _ = h.shape
+        z = torch.tanh(self.inner(h))                                                   # z = tanh(W_in h)
+        q = self.query(z[:, :1]).view(B, 1, self.heads, -1).transpose(1, 2)             # (B, heads, 1, W / heads)
+        k, v = self.key_value(z).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)   # (B, heads, S, W / heads)
+        a = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0)                           # (B, heads, 1, W / heads)
+        return a.transpose(1, 2).reshape(B, -1), z
+
+
+class Gate(nn.Module):
+    """g = P(skip this layer), read from what would enter it (models/Gate.py)."""
+
+    def __init__(self, hidden_size: int, width: int, dropout: float, bias: float):
+        super().__init__()
+        self.body = ClsAttention(hidden_size, width, heads=2, dropout=dropout)
+        self.out = nn.Linear(width, 1)
+        nn.init.constant_(self.out.bias, bias)      # below 0: every layer runs at first (deviation 11)
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
+        """h (B, S, H) -> g (B,)."""
+        a, _ = self.body(h, mask)
+        return torch.sigmoid(self.out(a)).squeeze(1)                                    # g = sigmoid(w a + b)
+
+
+class ExitHead(nn.Module):
+    """The task's classifier after one layer, as small as a gate (models/Classifier.py)."""
+
+    def __init__(self, hidden_size: int, width: int, classes: int, dropout: float):
+        super().__init__()
+        self.body = ClsAttention(hidden_size, width, heads=4, dropout=dropout)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, classes)
+        self.project = projection(width, width)     # phase 2's contrast only; not run at inference
+
+    def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h (B, S, H) -> logits (B, C), the shrunken tokens z (B, S, W)."""
+        a, z = self.body(h, mask)
+        return self.out(torch.tanh(self.hidden(a))), z
+
+
+def projection(inputs: int, width: int) -> nn.Sequential:
+    """Where the contrast compares tokens (models/SmartBert.py:22-27): tokens are not compared as they are."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
+
+
+class SmartBert(nn.Module):
+    """BERT with a gate before and an exit head after each layer.
+
+    bert: the encoder, used as it is; classes: C; gate_bias: where the gates start (0 is the release's even chance).
+    """
+
+    def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
+        super().__init__()
+        config = bert.config
+        H, W, L = config.hidden_size, width(config.hidden_size), config.num_hidden_layers
+        dropout = config.attention_probs_dropout_prob
+        self.bert = bert
+        self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
+        self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
+        self.projections = nn.ModuleList(projection(H, W) for _ in range(L))             # phase 1's contrast
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        """Plain BERT: every layer, the last head. ids, types, mask (B, S) -> logits (B, C)."""
+        logits, _ = self.heads[-1](self.bert(ids, types, mask)[-1], needed(mask))
+        return logits
+
+
+# --- Hard weight ------------------------------------------------------------------------------------------------------
+
+def hard_weight(g: Tensor) -> Tensor:
+    """1 where the layer is skipped, 0 where it runs; backwards as if nothing had been rounded (SmartBert.py:98-100).
+
+    The term in brackets is a constant to autograd, so the gradient is that of the soft g (a straight-through
+    estimator). It stands apart from g so that the forward value is exactly 0 or 1, with no rounding error.
+    """
+    hard = (g >= 0.5).to(g.dtype)
+    return hard + (g - g.detach())
+
+
+# --- Cross-layer contrast ---------------------------------------------------------------------------------------------
+
+def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """How well a token in one layer is told from its neighbours in the next (SmartBert.py:112-122).
+
+        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s = exp(u v^T / tau)
+
+    u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is neither a token to be
+    found nor a negative (the release counts it: deviation 1). Returns a scalar.
+    """
+    s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau           # log s: (B, S, S)
+    s = s.masked_fill(~mask[:, None, :], -torch.inf)
+    losses = s.logsumexp(dim=-1) - s.diagonal(dim1=1, dim2=2)                           # (B, S)
+    return losses[mask].mean()
+
+
+# --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
+
+def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool) -> tuple:
+    """Run every layer and mix its output with its input as the gate says (SmartBert.py:91-103).
+
+        h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
+
+    Also a skipped layer is run here: its gate learns from what the layer would have changed.
+    Returns inputs [h_0 .. h_{L-1}], raw outputs [layer_i(h_{i-1})], h_L (each (B, S, H)),
+    soft gates (B, L) and the gates as they were used (B, L).
+    """
+    h, m = model.bert.embeddings(ids, types), needed(mask)
+    inputs, outputs, soft, used = [], [], [], []
+    for gate, layer in zip(model.gates, model.bert.layers):
+        inputs.append(h)
+        outputs.append(layer(h, m))
+        soft.append(gate(h, m))                                                         # (B,)
+        used.append(hard_weight(soft[-1]) if hard else soft[-1])
+        g = used[-1][:, None, None]                                                     # (B, 1, 1)
+        h = (1 - g) * outputs[-1] + g * h
+    return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
+
+
+@dataclass
+class Phase1:
+    """What phase 1's loss is made of: scalars, and run: the share of layers run (B, L), 1 - g as used."""
+    loss: Tensor
+    task: Tensor
+    push: Tensor
+    contrast: Tensor
+    run: Tensor
+
+
+def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *, hard: bool,
+                push: Callable[[Tensor, Tensor], Tensor], eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
+    """loss1 = (1 - eta1) * ( CE(last head) + push ) + eta1 * contrast   (SmartBert.py:105-123)
+
+    push: what drives the gates to skip, from soft gates and gates as used (each (B, L)) to a scalar:
+    `lambda_push` is the paper's, `budget_push` ours. ids, types, mask (B, S), labels (B,).
+    """
+    inputs, _, h, soft, used = gated_walk(model, ids, types, mask, hard)
+    logits, _ = model.heads[-1](h, needed(mask))
+    task = F.cross_entropy(logits, labels)
+    pushed = push(soft, used)
+    apart = task.new_zeros(())
+    if eta1:
+        u = [project(h) for project, h in zip(model.projections, inputs)]               # L tensors (B, S, W)
+        apart = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
+    return Phase1((1 - eta1) * (task + pushed) + eta1 * apart, task, pushed, apart, 1 - used)
+
+
+def lambda_push(lam: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The paper's: lambda / sum_i mean_batch(g_i), small when layers are skipped (SmartBert.py:96,107)."""
+    return lambda soft, used: lam / soft.mean(0).sum()
+
+
+def budget_push(budget: float, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Ours: weight * max(0, share of layers run - budget)^2: a wish in plain words, and no push once it is met."""
+    return lambda soft, used: weight * F.relu((1 - used).mean() - budget) ** 2
+
+
+# --- Phase 2: the exit heads ------------------------------------------------------------------------------------------
+
+def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *,
+                eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
+    """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * contrast, for heads 1 .. L-1   (SmartBert.py:125-155)
+
+    Walks the hard-gated path with everything but these heads frozen, and shows each head its layer's raw output, also
+    where the layer was skipped. ids, types, mask (B, S), labels (B,). Returns a scalar.
+    """
+    with torch.no_grad():
+        _, outputs, _, _, _ = gated_walk(model, ids, types, mask, hard=True)
+    results = [head(h, needed(mask)) for head, h in zip(model.heads[:-1], outputs)]
+    task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
+    if not eta2 or len(results) < 2:
+        return (1 - eta2) * task
+    u = [head.project(z) for head, (_, z) in zip(model.heads, results)]                 # L - 1 tensors (B, S, W)
+    apart = sum(contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])) / (len(u) - 1)
+    return (1 - eta2) * task + eta2 * apart
+
+
+# --- Dynamic inference ------------------------------------------------------------------------------------------------
+
+Criterion = Callable[[Tensor, Tensor, int], Tensor]     # logits (n, C), which rows of the pool (n,), layer -> leave? (n,)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Natural-log entropy of softmax(logits), (B, C) -> (B,); 0 is certain, ln C is a guess (SmartBert.py:174-176)."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def entropy_below(threshold: float) -> Criterion:
+    """The paper's criterion: leave when the entropy is strictly below the threshold."""
+    return lambda logits, rows, layer: entropy(logits) < threshold
+
+
+@dataclass
+class Outcome:
+    """What became of a pool of N rows, in the order they were given. Layers count from 1."""
+    logits: Tensor      # (N, C)
+    ran: Tensor         # (N, L) bool: the layers each row ran
+    exit: Tensor        # (N,) long: the layer at which it left; L for those who reached the end
+
+
+@torch.inference_mode()
+def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: bool = True,
+          leave: Criterion | None = None, batch_size: int = 32) -> Outcome:
+    """Dynamic inference on a whole pool: at each layer only the rows that run it are computed.
+
+    A batch that shrinks as its rows skip and leave soon computes two or three rows at a time, and the processor idles.
+    So the rows of a pool wait in front of a layer, and those that run it pass in full batches of like length.
+
+    ids, types, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; leave: the
+    criterion asked after every layer that ran, or None for no exits. Who is never sure takes the last head, also when
+    the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
+    """
+    N, L = len(ids), len(model.bert.layers)
+    lengths = mask.sum(1).tolist()
+    ran = torch.zeros(N, L, dtype=torch.bool, device=ids.device)
+    exits = torch.full((N,), L, device=ids.device)
+    logits = torch.zeros(N, model.heads[-1].out.out_features, device=ids.device)
+
+    def in_batches(rows: Tensor):
+        """rows (n,) of the pool -> pieces of at most batch_size rows, the tokens of the longest, and their mask."""
+        for piece in rows.split(batch_size):
+            longest = max(lengths[row] for row in piece.tolist())
+            yield piece, longest, needed(mask[piece, :longest])
+
+    waiting = torch.arange(N, device=ids.device)
+    h = torch.empty(*ids.shape, model.bert.config.hidden_size, device=ids.device)      # (N, S, H)
+    for rows, s, _ in in_batches(waiting):
+        h[rows, :s] = model.bert.embeddings(ids[rows, :s], types[rows, :s])
+    for i, layer in enumerate(model.bert.layers):
+        run = waiting
+        if skip and len(waiting):
+            g = torch.cat([model.gates[i](h[rows, :s], m) for rows, s, m in in_batches(waiting)])
+            run = waiting[g < 0.5]
+        for rows, s, m in in_batches(run):
+            out = layer(h[rows, :s], m)                                                 # (n, s, H)
+            h[rows, :s] = out
+            ran[rows, i] = True
+            if leave is not None or i == L - 1:
+                answers, _ = model.heads[i](out, m)
+                logits[rows] = answers
+                if leave is not None and i < L - 1:
+                    exits[rows[leave(answers, rows, i + 1)]] = i + 1
+        waiting = waiting[exits[waiting] == L]
+    # Whoever skipped the last layer has not met the last head yet.
+    for rows, s, m in in_batches(waiting[~ran[waiting, -1]]):
+        logits[rows], _ = model.heads[-1](h[rows, :s], m)
+    return Outcome(logits, ran, exits)
+
+
+# --- Cost -------------------------------------------------------------------------------------------------------------
+
+def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
+    """FLOPs of one layer on rows of so many real tokens, (N,) -> (N,). A multiply-add is two.
+
+        2 S (4 H^2 + 2 H I) + 4 S^2 H   which is   24 S H^2 + 4 S^2 H   where I = 4H
+    """
+    H, I = model.bert.config.hidden_size, model.bert.config.intermediate_size
+    return 2 * tokens * (4 * H * H + 2 * H * I) + 4 * tokens**2 * H
+
+
+def companion_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
+    """FLOPs of one gate or one exit head, (N,) -> (N,): shrink, keys and values, one query and its attention, output."""
+    W, H = module.body.inner.weight.shape
+    outputs = 2 * W * module.out.out_features + (2 * W * W if isinstance(module, ExitHead) else 0)
+    return 2 * tokens * (H * W + 2 * W * W) + 2 * W * W + 4 * tokens * W + outputs
+
+
+def flops(model: SmartBert, tokens: Tensor, outcome: Outcome, *, skip: bool, exits: bool) -> Tensor:
+    """FLOPs of each row of a pool as it went: layers run, gates asked, heads asked. tokens (N,) real -> (N,).
+
+    Plain BERT is the same with every layer run, no gate and the last head: `plain_flops`.
+    """
+    L = outcome.ran.shape[1]
+    gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
+    total = layer_flops(model, tokens) * outcome.ran.sum(1)
+    if skip:
+        total = total + gate * outcome.exit                 # asked at every layer up to the one it left at
+    reached_end = outcome.exit == L
+    heads_met = outcome.ran.sum(1) if exits else torch.zeros_like(tokens)
+    # the last head, once: those who ran the last layer met it there, but only if heads are asked at all
+    extra = reached_end & ~(outcome.ran[:, -1] & torch.tensor(exits))
+    return total + head * (heads_met + extra)
+
+
+def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
+    """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
+    return layer_flops(model, tokens) * len(model.bert.layers) + companion_flops(model.heads[-1], tokens)
