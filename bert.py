@@ -12,7 +12,7 @@ Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H)
 
 import json
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -215,14 +215,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is truncated or no safetensors file: download it again")
 
 
-def load_bert(folder: str | Path) -> Bert:
-    """A pre-trained encoder from a local folder in the hub's layout, as fp32.
+def load_bert(folder: str | Path, **changes) -> Bert:
+    """A pre-trained encoder from a local folder in the hub's layout, as fp32. changes: other values for its config,
+    such as hidden_dropout_prob.
 
     Raises WeightsError, one line, for a missing or truncated file and for every tensor that is missing, unexpected or
     of another shape than config.json makes it.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = replace(read_config(folder), **changes)
     state = convert_names(read_tensors(folder), config)
     bert = Bert(config)
     for name, parameter in bert.named_parameters():

@@ -419,7 +419,7 @@ def majority(task: Task, labels: list[int]) -> dict[str, float]:
 # --- The toy task -----------------------------------------------------------------------------------------------------
 
 GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
-BAD = ("cruel", "cowardly", "false", "rude", "foolish", "lazy")
+BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
 NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown")
 FILLERS = ("old", "young", "small", "tall", "tired", "quiet")
 PLACES = ("at home", "in town", "by the sea", "on the hill", "in the garden", "at night")

@@ -11,6 +11,7 @@ the median of several passes that collect nothing, taken in turn with plain's. T
 
 import argparse
 import json
+import pickle
 import statistics
 import sys
 import time
@@ -31,6 +32,34 @@ POOL = 1024             # rows that wait at a layer together: enough for full ba
 
 class RunError(ValueError):
     """A run's folder that cannot be used; the message is one line that says why and what to do."""
+
+
+# --- A run's folder ---------------------------------------------------------------------------------------------------
+
+def load_file(path: Path) -> dict:
+    """A .pt file that train.py wrote. Raises RunError where it is missing, truncated or of another version."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{path} is not there: is {path.parent} a run that train.py has finished?")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        raise RunError(f"{path} is truncated or no file of train.py's: train again")
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise RunError(f"{path} was written by another version of this project: train again")
+    return content
+
+
+def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
+    """Settings and trained model of a run. Raises RunError."""
+    folder = Path(folder).expanduser()
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise RunError(f"{folder} holds no run: no settings.json in it; train.py makes one")
+    content = load_file(folder / "model.pt")
+    model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
+    model.load_state_dict(content["model"])
+    return settings, model.to(device).eval()
 
 
 # --- Inference over a whole split -------------------------------------------------------------------------------------

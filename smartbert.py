@@ -264,7 +264,7 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
 
     def in_batches(rows: Tensor):
         """rows (n,) of the pool -> pieces of at most batch_size rows, the tokens of the longest, and their mask."""
-        for piece in rows.split(batch_size):
+        for piece in rows.split(batch_size) if len(rows) else ():
             longest = max(lengths[row] for row in piece.tolist())
             yield piece, longest, needed(mask[piece, :longest])
 

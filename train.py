@@ -87,3 +87,252 @@ class Settings:
 RECIPES = {
     "toy": dict(lr=1e-3, batch_size=64, epochs1=10, epochs2=4, dropout=0.0),
 }
+
+
+# --- What training starts from ----------------------------------------------------------------------------------------
+
+def build_model(settings: Settings, folder: Path | None, vocabulary: int, classes: int) -> SmartBert:
+    """A SmartBert around the weights in folder, or around a small fresh BERT for the toy task."""
+    dropout = dict(hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout)
+    if folder is None:
+        # From scratch the weights start at 1 / sqrt(H): with BERT's 0.02 so narrow a model stays at chance.
+        bert = Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6, num_attention_heads=4,
+                               intermediate_size=256, max_position_embeddings=128, initializer_range=64**-0.5,
+                               **dropout))
+    else:
+        bert = load_bert(folder, **dropout)
+    if bert.config.vocab_size != vocabulary:
+        raise DataError(f"{folder}: vocab.txt has {vocabulary} words, but the weights have {bert.config.vocab_size}: "
+                        f"they do not belong together")
+    if settings.max_length > bert.config.max_position_embeddings:
+        raise DataError(f"--max_length {settings.max_length} is more than the {bert.config.max_position_embeddings} "
+                        f"positions of these weights")
+    # No skipping: gates that are shut for good, so that the rest of the code need not know.
+    return SmartBert(bert, classes, -30.0 if settings.no_skipping else settings.gate_bias)
+
+
+def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
+    """AdamW over what the phase trains; everything else is frozen. The release has one for both phases
+    (main.py:80-88), which drags phase 1's moments into phase 2."""
+    model.requires_grad_(False)
+    if phase == 1:
+        groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new), (model.projections, settings.lr_new)]
+        groups += [] if settings.no_skipping else [(model.gates, settings.lr_new)]
+    else:
+        groups = [(model.heads[:-1], settings.lr_new)]
+    parameters = []
+    for module, lr in groups:
+        module.requires_grad_(True)
+        for decayed in (True, False):                       # biases and LayerNorm have one dimension, matrices two
+            chosen = [p for p in module.parameters() if (p.dim() > 1) == decayed]
+            parameters.append({"params": chosen, "lr": lr, "top": lr,
+                               "weight_decay": settings.weight_decay if decayed else 0.0})
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes what is there. Raises RunError for a device that is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, is_there in there.items() if is_there))
+    if name not in there or not there[name]:
+        raise RunError(f"--device {name}: there is none here; use one of auto, "
+                       f"{', '.join(device for device, is_there in there.items() if is_there)}")
+    return torch.device(name)
+
+
+def open_folder(settings: Settings) -> Path:
+    """The run's folder, ready to be written: new, or one to resume or to start over. Raises RunError."""
+    out = Path(settings.out or f"runs/{settings.task}{'' if settings.method == 'smartbert' else '-bert'}").expanduser()
+    path = out / "settings.json"
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
+    if path.is_file() and settings.resume:
+        before, now = json.loads(path.read_text()), asdict(settings)
+        for name in before.keys() - {"device", "resume", "overwrite", "cache", "out", "version"}:
+            if before[name] != now.get(name):
+                raise RunError(f"{out} was started with {name} = {before[name]}, not {now.get(name)}: resume with the "
+                               f"same settings")
+        return out
+    if path.is_file() and not settings.overwrite:
+        raise RunError(f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or name "
+                       f"another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "eval.json"):
+        (out / name).unlink(missing_ok=True)
+    data.write_json(path, asdict(settings) | {"version": evaluation.VERSION})
+    return out
+
+
+# --- Both phases ------------------------------------------------------------------------------------------------------
+
+def push_now(settings: Settings, progress: float):
+    """What pushes the gates at this point of phase 1 (progress 0..1): the paper's lambda, or the budget, which starts
+    as "all layers" and tightens only once the task is being learned (deviation 11)."""
+    if settings.no_skipping:
+        return lambda soft, used: soft.new_zeros(())
+    if settings.lam is not None:
+        return lambda_push(settings.lam)
+    part = (progress - settings.push_start) / max(settings.push_full - settings.push_start, 1e-9)
+    return budget_push(1 - (1 - settings.budget) * min(max(part, 0.0), 1.0), settings.budget_weight)
+
+
+def save(path: Path, **content) -> None:
+    data.write_whole(path, lambda file: torch.save({"version": evaluation.VERSION, **content}, file))
+
+
+def train(settings: Settings) -> Path:
+    """Both phases (or the baseline), epoch by epoch; returns the run's folder. Raises DataError, WeightsError, RunError.
+
+    After every epoch checkpoint.pt holds all that is needed to go on as if nothing had happened.
+    """
+    device = pick_device(settings.device)
+    task = data.find_task(settings.task)
+    if settings.method not in ("smartbert", "bert"):
+        raise RunError(f"--method {settings.method}: known are smartbert and bert")
+    if task.name != "toy" and not settings.weights:
+        raise RunError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a name such as "
+                       f"google-bert/bert-base-uncased")
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)
+    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, folder, tokenizer.get_vocab_size(), len(task.labels)).to(device)
+    splits = {name: data.encode(tokenizer, split, settings.max_length) for name, split in splits.items()}
+    if settings.limit:
+        splits["train"] = splits["train"].select(range(min(settings.limit, len(splits["train"]))))
+    training, held = data.hold_out(splits["train"], settings.held_out, settings.seed)
+    watched = {"held-out": held, **{name: splits[name] for name in task.devs}}
+    watched = {name: (split, evaluation.pools(split, device)) for name, split in watched.items() if len(split)}
+
+    out = open_folder(settings)
+    data.write_vocabulary(tokenizer, out)
+    if (out / "model.pt").is_file():
+        print(f"{out} is finished already")
+        return out
+    schedule = [(1, epoch) for epoch in range(settings.epochs1)]
+    if settings.method == "smartbert":
+        schedule += [(2, epoch) for epoch in range(settings.epochs2)]
+    log, best, done, before = [], None, 0, None
+    if (out / "checkpoint.pt").is_file():
+        before = evaluation.load_file(out / "checkpoint.pt")
+        done, best, log = before["done"], before["best"], before["log"]
+        print(f"resuming {out} after {done} of {len(schedule)} epochs")
+    describe = dict(config=asdict(model.bert.config), classes=len(task.labels))
+
+    phase = 0
+    for number, (now, epoch) in list(enumerate(schedule))[done:]:
+        if now != phase:                                    # a phase begins, or is taken up again
+            phase = now
+            if phase == 2:
+                model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
+            optimizer = make_optimizer(model, settings, phase)
+            if before and epoch > 0:
+                optimizer.load_state_dict(before["optimizer"])
+            if before:
+                if epoch > 0:
+                    model.load_state_dict(before["model"])
+                torch.set_rng_state(before["rng"])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(before["cuda_rng"])
+                before = None
+        model.train()
+        if phase == 2:                                      # no dropout in what is frozen (deviation 5)
+            model.eval()
+            model.heads[:-1].train()
+        hard = epoch >= settings.soft_epochs and not settings.soft_gates
+        order = data.batch_indices(training, settings.batch_size, seed=settings.seed + number)
+        epochs = settings.epochs1 if phase == 1 else settings.epochs2
+        start, recent = time.time(), []
+        bar = tqdm(order, desc=f"phase {phase} epoch {epoch + 1}/{epochs}", disable=None, leave=False)
+        for step, indices in enumerate(bar):
+            batch = data.collate(training, indices).to(device)
+            progress = (epoch + step / len(order)) / epochs                             # of the phase, 0..1
+            for group in optimizer.param_groups:            # up for a while, then down to nothing
+                group["lr"] = group["top"] * min(progress / max(settings.warmup, 1e-9), 1.0, (1 - progress) / (1 - settings.warmup))
+            inputs = (batch.ids, batch.types, batch.mask)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                if settings.method == "bert":
+                    loss, parts = F.cross_entropy(model(*inputs), batch.labels), {}
+                elif phase == 1:
+                    result = phase1_loss(model, *inputs, batch.labels, hard=hard, push=push_now(settings, progress),
+                                         eta1=0.0 if settings.no_contrast else settings.eta1, tau1=settings.tau1)
+                    loss = result.loss
+                    parts = {"task": result.task, "push": result.push, "contrast": result.contrast,
+                             "run": result.run.mean(0)}
+                else:
+                    loss, parts = phase2_loss(model, *inputs, batch.labels, tau2=settings.tau2,
+                                              eta2=0.0 if settings.no_contrast else settings.eta2), {}
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
+            optimizer.step()
+            recent.append({"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}})
+            if (step + 1) % 20 == 0 or step + 1 == len(order):
+                means = {name: torch.stack([r[name] for r in recent]).float().mean(0).tolist() for name in recent[0]}
+                log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1} | means)
+                recent = []
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False,
+                                **({"run": f"{np.mean(means['run']):.2f}"} if "run" in means else {}))
+        seconds = time.time() - start
+
+        skip = settings.method == "smartbert" and not settings.no_skipping
+        leave = evaluation.entropy_below(0.5 * np.log(len(task.labels))) if phase == 2 else None
+        line = {"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1)}
+        for name, (split, pooled) in watched.items():
+            outcome = evaluation.predict(model, pooled, skip=skip, leave=leave)
+            line[name] = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
+            line[f"{name} layers"] = outcome.ran.sum(1).float().mean().item()
+        log.append(line)
+        print(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {means['loss']:.3f}  " + "  ".join(
+            f"{name} {next(iter(line[name].values())):.3f} with {line[f'{name} layers']:.1f} of "
+            f"{len(model.gates)} layers" for name in watched) + f"  ({seconds:.0f} s)", flush=True)
+        if phase == 1:
+            judge = next(iter(watched))                     # the held-out part, or dev where nothing is held out
+            share = line[f"{judge} layers"] / len(model.gates)
+            # An epoch counts once its gates are hard and its budget is met; then the score, then the cost decides.
+            met = not skip or settings.lam is not None or share <= 1.05 * settings.budget
+            rank = [bool(hard or settings.soft_gates), met, next(iter(line[judge].values())), -share]
+            if best is None or rank >= best:
+                best = rank
+                save(out / "phase1.pt", model=model.state_dict(), **describe)
+        data.write_whole(out / "log.jsonl", lambda file: file.writelines(json.dumps(r).encode() + b"\n" for r in log))
+        save(out / "checkpoint.pt", done=number + 1, best=best, log=log, model=model.state_dict(),
+             optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+             cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)
+
+    if phase != 2:
+        model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
+    save(out / "model.pt", model=model.state_dict(), **describe)
+    (out / "checkpoint.pt").unlink()
+    (out / "phase1.pt").unlink()
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Settings):
+        kind = {"int": int, "float": float}.get(str(f.type).removesuffix(" | None").strip("'"), str)
+        if isinstance(f.type, type):
+            kind = f.type
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
+        else:
+            parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"])
+    first, _ = parser.parse_known_args(arguments)
+    parser.set_defaults(**RECIPES.get(first.task, {}))
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    try:
+        out = train(settings)
+    except (DataError, WeightsError, RunError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    print(f"now: python eval.py {out}")
+
+
+if __name__ == "__main__":
+    main()
