@@ -420,34 +420,26 @@ def majority(task: Task, labels: list[int]) -> dict[str, float]:
 
 GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
 BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
-NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown")
-FILLERS = ("old", "young", "small", "tall", "tired", "quiet")
-PLACES = ("at home", "in town", "by the sea", "on the hill", "in the garden", "at night")
-# Each of these turns the meaning of all that follows.
-NEGATIONS = ("it is not true that", "it is wrong that", "nobody believes that", "we doubt that", "they deny that")
-# These turn nothing.
-AFFIRMATIONS = ("it is true that", "it is right that", "everybody believes that", "we know that", "they say that")
+NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown", "judge", "nurse",
+         "poet", "pilot", "thief", "monk", "singer", "hunter", "painter", "miller", "soldier", "doctor", "wizard", "bear")
+FILLERS = ("very", "quite", "truly")        # they turn nothing
 
 
 def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> dict[str, Split]:
-    """Sentences with `levels` nested clauses around a good or a bad quality; level k of 0 .. levels - 1 holds k
-    negations, and the label is whether the whole says something good.
+    """Sentences with a good or a bad quality behind nested negations: level k of 0 .. levels - 1 has k of them, and
+    the label is whether the whole says something good.
 
-        level 2:  we doubt that it is true that nobody believes that the old cat is kind     -> good
+        level 2:  the baker is not very not kind     -> good
 
-    Levels, qualities and labels are balanced, and levels even and odd are equally many: every word stands in good and
-    in bad sentences alike, so counting words tells nothing; the negations must be composed. No sentence occurs twice.
+    Levels, qualities and labels are balanced and even and odd levels equally many: every word stands as often in good
+    sentences as in bad ones, so counting words tells nothing; the words must be composed. No sentence occurs twice.
     """
     rng, seen = random.Random(seed), set()
 
     def sentence(level: int, good: bool) -> str:
-        clauses = [rng.choice(NEGATIONS) for _ in range(level)]
-        clauses += [rng.choice(AFFIRMATIONS) for _ in range(rng.randint(0, levels - level))]
-        rng.shuffle(clauses)
-        quality = rng.choice(GOOD if good == (level % 2 == 0) else BAD)
-        filler = [rng.choice(FILLERS)] if rng.random() < 0.5 else []
-        place = [rng.choice(PLACES)] if rng.random() < 0.5 else []
-        return " ".join([*clauses, "the", *filler, rng.choice(NOUNS), "is", quality, *place])
+        words = ["not"] * level + rng.choices(FILLERS, k=rng.randint(0, 2))
+        rng.shuffle(words)
+        return " ".join(["the", rng.choice(NOUNS), "is", *words, rng.choice(GOOD if good == (level % 2 == 0) else BAD)])
 
     def split(size: int) -> Split:
         texts, labels, each = [], [], []
@@ -466,7 +458,5 @@ def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> d
 
 def toy_tokenizer() -> BertWordPieceTokenizer:
     """A tokenizer whose vocabulary is the toy grammar's words."""
-    phrases = (*GOOD, *BAD, *NOUNS, *FILLERS, *PLACES, *NEGATIONS, *AFFIRMATIONS, "the is")
-    words = sorted({word for phrase in phrases for word in phrase.split()})
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(names)})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "is", "not", *FILLERS, *NOUNS, *GOOD, *BAD]
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)})

@@ -85,7 +85,7 @@ class Settings:
 
 # What a task wants otherwise than the defaults above.
 RECIPES = {
-    "toy": dict(lr=1e-3, batch_size=64, epochs1=10, epochs2=4, dropout=0.0),
+    "toy": dict(lr=1e-3, batch_size=128, epochs1=30, epochs2=6, dropout=0.0, push_start=0.5, push_full=0.8),
 }
 
 
