@@ -1,13 +1,13 @@
 """All that comes from outside: GLUE's files, Google's weights, the tokenizer, batches, metrics; and a toy task.
 
 GLUE (Wang et al., 2019) is read as it is meant to be read: tab separated, no quoting, UTF-8. The eight tasks are the
-paper's. Where nothing may be downloaded, `--task toy` writes sentences of known difficulty on the spot.
+paper's. Where nothing may be downloaded, load_task("toy") writes sentences of known difficulty on the spot.
 
     splits = load_task("rte", data_dir="~/glue")                # {"train": Split, "dev": Split}
     tokenizer = load_tokenizer("path/to/bert-base-uncased")
     for batch in batches(encode(tokenizer, splits["train"]), 32, seed=1): ...
 
-Dimensions: B rows (examples), S tokens of the longest row. A DataError carries one line for the user.
+Dimensions: B examples of a batch, S tokens of its longest. A DataError carries one line for the user.
 """
 
 import difflib
@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
-MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 HUB_URL = "https://huggingface.co/"
 
 
@@ -43,14 +44,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task. columns: where text, second text and label stand, by name or (no header) by number."""
+    """One classification task. columns: text, second text (or None) and label, by name or, without a header, number."""
     name: str
     folder: str                                 # GLUE's folder
     columns: tuple                              # (text, second text or None, label)
     labels: tuple[str, ...] = ("0", "1")        # as they stand in the files; the position is the class id
     metrics: tuple[str, ...] = ("accuracy",)    # the first is the one that is compared
     devs: tuple[str, ...] = ("dev",)
-    archive: str = ""
+    archive: str = ""                           # the zip under GLUE_URL; MRPC has none
 
 
 PAIR = ("sentence1", "sentence2", "label")
@@ -69,13 +70,15 @@ TASKS = {task.name: task for task in (
 )}
 
 
-def find_task(name: str) -> Task:
-    """The task of that name. Raises DataError with the nearest known name."""
+def task(name: str) -> Task:
+    """The task of that name. Raises DataError with the known names, the nearest first."""
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name.lower(), TASKS, 1, 0.4)
-    raise DataError(f"unknown task {name!r}{f'; did you mean {near[0]}?' if near else ';'} "
-                    f"known are {', '.join(TASKS)}")
+    raise DataError(f"unknown task {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(TASKS)}")
+
+
+find_task = task                                # for wherever a Task itself is called `task`
 
 
 @dataclass
@@ -114,41 +117,46 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     return {split: read_split(task, folder, split) for split in ("train", *task.devs)}
 
 
-def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file. Rows that lack fields are left out, counted and named on stderr; a label that the task does not
-    know, a column that is missing and a file without examples raise DataError."""
-    path = folder / f"{split}.tsv"
-    partial = not path.is_file() and (folder / f"{split}.partial.tsv").is_file()
-    if partial:
-        path = folder / f"{split}.partial.tsv"
+def read_lines(path: Path, advice: str) -> list[str]:
+    """The lines of a UTF-8 text, with or without BOM. They end at \\n (or \\r\\n) alone: GLUE's sentences hold other
+    characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
     try:
-        # Lines end at \n alone: the texts hold other characters that str.splitlines would take for line ends.
-        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError:
-        raise DataError(f"{path} cannot be read: put {task.folder}'s {split}.tsv there, or leave out --data_dir to "
-                        f"download it")
+        raise DataError(f"{path} cannot be read: {advice}")
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8: download it again")
+        raise DataError(f"{path} is not UTF-8 text: {advice}")
+    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+def read_split(task: Task, folder: Path, split: str) -> Split:
+    """One tsv file; without split.tsv, split.partial.tsv. Rows that lack fields are left out, counted and named on
+    stderr; a label the task does not know, a missing column and a file without examples raise DataError."""
+    path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
+    partial = not path.is_file() and part.is_file()
+    path = part if partial else path
+    advice = f"put {task.folder}'s {split}.tsv there"
+    lines = read_lines(path, advice)
     columns, first = task.columns, 0
-    if any(isinstance(column, str) for column in columns):
+    if isinstance(columns[0], str):
         header, first = lines[0].split("\t"), 1
         for column in columns:
             if column and column not in header:
-                raise DataError(f"{path} has no column {column!r}: it is not {task.folder}'s {split}.tsv")
+                raise DataError(f"{path} has no column {column!r} in its first line: {advice}")
         columns = tuple(header.index(column) if column else None for column in columns)
     texts, labels, short = [], [], []
     for number, line in enumerate(lines[first:], first + 1):
-        cells = line.split("\t")
+        cells = line.split("\t")               # no quoting: a " is a character like any other
         if len(cells) <= max(column for column in columns if column is not None):
             short.append(number)
             continue
         text, second, label = (None if column is None else cells[column] for column in columns)
         if label not in task.labels:
-            raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}")
+            raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}: {advice}")
         texts.append((text, second))
         labels.append(task.labels.index(label))
     if not labels:
-        raise DataError(f"{path} holds no examples: download it again")
+        raise DataError(f"{path} holds no examples: {advice}")
     if short:
         print(f"{path}: left out {len(short)} rows that lack fields (line {', '.join(map(str, short[:5]))}"
               f"{', ...' if len(short) > 5 else ''})", file=sys.stderr)
@@ -156,13 +164,14 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
-    """Part a split in two: (the rest, about `share` of each class), by seed."""
-    rng, held = random.Random(seed), []
+    """Part a split in two, both in its order: (the rest, `share` of each class, drawn by seed). Raises DataError."""
+    if not 0 <= share < 1:
+        raise DataError(f"a held-out share of {share} is not in 0..1: use, for example, 0.1")
+    rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
-        held += rng.sample(members, round(share * len(members)))
-    chosen = set(held)
-    return split.select([i for i in range(len(split)) if i not in chosen]), split.select(sorted(chosen))
+        held.update(rng.sample(members, round(share * len(members))))
+    return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
 
 # --- From the network to the disk -------------------------------------------------------------------------------------
@@ -194,107 +203,107 @@ def write_json(path: str | Path, value) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch url to path. What has come so far stays in path.part, from where the next call goes on; the file appears
-    under its name only when its size is the one the server gave. Raises DataError naming the file to put by hand."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.is_file() else 0
-    by_hand = f"fetch {url} by hand and put it at {path}"
+    """Fetch url to path, with a progress bar. What has come stays in path.part, from where the next call goes on; the
+    file takes its name only at the size the server gave. Raises DataError that names the file to fetch by hand."""
+    # path.part.tag keeps the server's mark (ETag or date) of the version that path.part was begun with.
+    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
+    otherwise = f"run again to go on, or fetch {url} by hand and put it at {path}"
+    have = part.stat().st_size if part.is_file() and tag.is_file() else 0
+    headers = {"Accept-Encoding": "identity"}           # a compressed body would make byte counts meaningless
+    if have:                                            # If-Range: the rest of that version, or all of another
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
     try:
-        # identity: a compressed body would make byte counts meaningless
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        path.parent.mkdir(parents=True, exist_ok=True)
         with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-            if answer.status_code == 416:           # what we have is not the beginning of what is there: start over
-                part.unlink()
+            resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            if have and (answer.status_code == 416 or answer.status_code == 206 and not resumed):
+                part.unlink()                           # what we have fits nothing that is there: start over
                 return download(url, path)
             answer.raise_for_status()
-            resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            have = have if resumed else 0
+            have = have if answer.status_code == 206 else 0
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
-            with open(part, "ab" if resumed else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True) as bar:
+            tag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
                 for chunk in answer.iter_content(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))
                 file.flush()
                 os.fsync(file.fileno())
-    except (requests.RequestException, ConnectionError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        size = part.stat().st_size
+        if total is not None and size != total:
+            raise DataError(f"{path.name} came with {size} of {total} bytes: {otherwise}")
+        os.replace(part, path)
+        tag.unlink()
+    except requests.RequestException as error:
+        status = getattr(error.response, "status_code", None)
         reason = f"the server answered {status}" if status else "no connection, or it broke"
-        raise DataError(f"could not download {path.name} ({reason}): run again to go on, or {by_hand}")
-    size = part.stat().st_size
-    if total is not None and size != total:
-        if size > total:
-            part.unlink()
-        raise DataError(f"{path.name} came with {size} of {total} bytes: run again to go on, or {by_hand}")
-    os.replace(part, path)
+        raise DataError(f"could not download {path.name} ({reason}): {otherwise}")
+    except OSError as error:
+        raise DataError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
 
 
 def glue_folder(task: Task, data_dir: str | Path | None = None, cache: str | Path | None = None) -> Path:
-    """The folder with the task's tsv files: in data_dir, or in the cache, downloaded where it is not there yet."""
+    """The folder with the task's tsv files: data_dir/RTE or data_dir itself, or the cache's, downloaded where it is not
+    there yet. Raises DataError."""
     if data_dir is not None:
         base = Path(data_dir).expanduser()
         if not base.is_dir():
-            raise DataError(f"--data_dir {base} is no folder")
+            raise DataError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
         return base / task.folder if (base / task.folder).is_dir() else base
     folder = cache_dir(cache) / "glue" / task.folder
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if task.archive:
-        archive = folder.parent / task.archive
-        if not archive.is_file():
-            download(GLUE_URL + task.archive, archive)
-    else:
-        names = {name: folder.parent / name for name in
-                 ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "mrpc_dev_ids.tsv")}
-        for name, path in names.items():
-            if not path.is_file():
-                download((GLUE_URL if name.endswith(".tsv") else MRPC_URL) + name, path)
-    # Unpacked beside its place and renamed as a whole, so that a folder under its name is complete.
+    # MRPC comes as Microsoft's text and GLUE's list of the pairs in it that are the dev set.
+    urls = [GLUE_URL + task.archive] if task.archive else [SENTEVAL_URL + "msr_paraphrase_train.txt",
+                                                           GLUE_URL + "mrpc_dev_ids.tsv"]
+    files = [folder.parent / url.rsplit("/", 1)[1] for url in urls]
+    for url, file in zip(urls, files):
+        if not file.is_file():
+            download(url, file)
+    # Made beside its place and renamed as a whole, so that a folder under its name is complete.
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        if task.archive:
-            unpack(archive, Path(temporary), task)
-        else:
-            assemble_mrpc(Path(temporary), *names.values())
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)
-        os.mkdir(temporary)             # what TemporaryDirectory will want to remove
+        made = Path(temporary) / task.folder
+        made.mkdir()
+        (unpack if task.archive else assemble_mrpc)(task, made, *files)
+        os.rename(made, folder)
     return folder
 
 
-def unpack(archive: Path, folder: Path, task: Task) -> None:
+def unpack(task: Task, folder: Path, archive: Path) -> None:
     """The tsv files of a GLUE zip, and nothing else, into folder. Raises DataError for a zip that is not whole."""
-    wanted = {f"{split}.tsv" for split in ("train", *task.devs)}
+    wanted = [f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)]
     try:
         with zipfile.ZipFile(archive) as files:
-            for name in files.namelist():
-                # Only a file name of our own list is ever written: no path in the zip can lead elsewhere.
-                if name in {f"{task.folder}/{file}" for file in wanted} | wanted:
-                    with files.open(name) as source, open(folder / Path(name).name, "wb") as target:
-                        shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError):
-        archive.unlink(missing_ok=True)
-        raise DataError(f"{archive} was truncated or is no zip, and is removed: run again to download it")
-    missing = wanted - {path.name for path in folder.iterdir()}
-    if missing:
-        raise DataError(f"{archive} lacks {', '.join(sorted(missing))}: remove it and run again")
+            names = files.namelist()
+            strange = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+            if not strange and set(wanted) <= set(names):
+                for name in wanted:                     # only names of our own list are ever written
+                    with files.open(name) as source:
+                        write_whole(folder / Path(name).name, lambda target: shutil.copyfileobj(source, target))
+                return
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        archive.unlink()
+        raise DataError(f"{archive} was truncated or damaged, and is removed: run again to download it")
+    raise DataError(f"{archive} is not GLUE's ({f'it writes to {strange[0]}' if strange else 'tsv files are missing'}): "
+                    f"remove it and run again")
 
 
-def assemble_mrpc(folder: Path, train: Path, test: Path, dev_ids: Path) -> None:
-    """MRPC's train, dev and test from Microsoft's two texts and GLUE's list of dev pairs."""
-    header, *rows = train.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    pairs = {tuple(line.split("\t")[:2]) for line in dev_ids.read_text(encoding="utf-8").split("\n")}
-    dev = [tuple(row.split("\t")[1:3]) in pairs for row in rows]
-    for name, chosen in (("train", False), ("dev", True)):
-        lines = [header, *(row for row, is_dev in zip(rows, dev) if is_dev == chosen)]
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shutil.copyfile(test, folder / "test.tsv")
+def assemble_mrpc(task: Task, folder: Path, text: Path, dev_ids: Path) -> None:
+    """MRPC's train.tsv and dev.tsv: dev is the rows whose pair of ids GLUE lists. Raises DataError."""
+    advice = "remove it and run again to download it"
+    header, *rows = read_lines(text, advice)
+    pairs = {tuple(line.split("\t")) for line in read_lines(dev_ids, advice)}
+    for split, is_dev in (("train", False), ("dev", True)):
+        lines = [header] + [row for row in rows if (tuple(row.split("\t")[1:3]) in pairs) == is_dev]
+        write_whole(folder / f"{split}.tsv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
 
 
-MINIATURES = {f"google/bert_uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
-              for layers in (2, 4, 6, 8, 10, 12) for hidden in (128, 256, 512, 768)}
+BASE = "google-bert/bert-base-uncased"
+HUB_NAMES = {name.split("/")[1]: name for name in (BASE, *(
+    f"google/bert_uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
+    for layers in (2, 4, 6, 8, 10, 12) for hidden in (128, 256, 512, 768)))}
 
 
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
@@ -302,33 +311,32 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     weights of that name on the hub, downloaded into the cache once. Raises DataError."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    name = {"bert-base-uncased": "google-bert/bert-base-uncased"}.get(name, name)
-    if name not in MINIATURES | {"google-bert/bert-base-uncased"}:
-        raise DataError(f"weights {name!r} are neither a folder nor one of Google's: google-bert/bert-base-uncased or "
-                        f"google/bert_uncased_L-4_H-256_A-4 (L 2 to 12 by 2; H 128, 256, 512, 768; A = H / 64)")
-    folder = cache_dir(cache) / "weights" / name.replace("/", "--")
+    full = HUB_NAMES.get(name, name)                    # the short name will do
+    if full not in HUB_NAMES.values():
+        raise DataError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
+                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64)")
+    folder = cache_dir(cache) / "weights" / full.replace("/", "--")
     for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
         if not (folder / file).is_file():
-            download(f"{HUB_URL}{name}/resolve/main/{file}", folder / file)
+            download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)
     return folder
 
 
 # --- Tokens and batches -----------------------------------------------------------------------------------------------
 
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece tokenizer over folder/vocab.txt; lower-case unless a tokenizer_config.json there says not."""
-    folder = Path(folder)
-    path = folder / "vocab.txt"
-    try:
-        words = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise DataError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
-    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words)
+    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number from 0); lower-case
+    unless tokenizer_config.json there says do_lower_case false. Raises DataError."""
+    path, config = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
+    missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
-        raise DataError(f"{path} is no BERT vocabulary: it lacks {' '.join(sorted(missing))}")
-    config = folder / "tokenizer_config.json"
-    lower = not config.is_file() or json.loads(config.read_text()).get("do_lower_case", True)
-    return BertWordPieceTokenizer(str(path), lowercase=lower)
+        raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: fetch it again with its weights")
+    try:
+        lower = not config.is_file() or json.loads(config.read_text()).get("do_lower_case", True)
+    except ValueError:
+        raise DataError(f"{config} is not JSON: fetch it again, or remove it for lower-case weights")
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=lower)
 
 
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
@@ -340,9 +348,9 @@ def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> N
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
     """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP], of which the longer
-    one is cut first where both together exceed max_length tokens."""
+    text is cut first where there are more than max_length tokens. Raises DataError."""
     if max_length < 8:
-        raise DataError(f"--max_length {max_length} is too short for a sentence: use 8 or more")
+        raise DataError(f"a maximal length of {max_length} tokens leaves nothing of a sentence: use 8 or more")
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     done = tokenizer.encode_batch([text if second is None else (text, second) for text, second in split.texts])
     return replace(split, ids=[e.ids for e in done], types=[e.type_ids for e in done])
@@ -350,7 +358,8 @@ def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 12
 
 @dataclass
 class Batch:
-    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels (B,); index (B,): places in the split."""
+    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels, index (B,) long: class, place in the
+    split."""
     ids: Tensor
     types: Tensor
     mask: Tensor
@@ -362,8 +371,8 @@ class Batch:
 
 
 def collate(split: Split, indices: list[int]) -> Batch:
-    """These examples as one batch, padded (id 0, as in every BERT vocabulary) to the longest of them only."""
-    lengths = torch.tensor([len(split.ids[i]) for i in indices])
+    """These examples as one batch, padded to the longest of them only (with id 0: the mask hides it)."""
+    lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
     ids, types = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
     ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
@@ -375,9 +384,11 @@ def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list
     """Which examples make which batch: like lengths together, so that little is padded.
 
     Without a seed: sorted by length, for evaluation. With one, for training: shuffled, sorted only within pools of 50
-    batches, and the batches shuffled again; the same seed gives the same order.
+    batches, and the batches shuffled again; the same seed gives the same order. Raises DataError.
     """
-    lengths = np.array([len(ids) for ids in split.ids])
+    if size < 1:
+        raise DataError(f"a batch size of {size} is no size: use 1 or more")
+    lengths = np.array([len(split.ids[i]) for i in range(len(split))])      # an IndexError: not encoded yet
     if seed is None:
         order = np.argsort(lengths, kind="stable")
         return [order[i:i + size].tolist() for i in range(0, len(order), size)]
@@ -398,22 +409,21 @@ def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, float]:
-    """The task's metrics (main one first) of predicted class ids: accuracy and F1 of class 1 in 0..1, Matthews' in
-    -1..1; F1 and Matthews' are 0 where they are undefined."""
+    """The task's metrics (main one first) of predicted class ids: accuracy and F1 of class 1 in 0..1, Matthews'
+    correlation in -1..1; F1 and Matthews' are 0 where they are undefined."""
     p, y = np.asarray(predictions), np.asarray(labels)
-    hit, false_alarm = float(np.sum((p == 1) & (y == 1))), float(np.sum((p == 1) & (y != 1)))
-    miss, rest = float(np.sum((p != 1) & (y == 1))), float(np.sum((p != 1) & (y != 1)))
-    spread = ((hit + false_alarm) * (hit + miss) * (rest + false_alarm) * (rest + miss)) ** 0.5
-    values = {"accuracy": lambda: float(np.mean(p == y)),
-              "f1": lambda: 2 * hit / max(2 * hit + false_alarm + miss, 1.0),
-              "matthews": lambda: (hit * rest - false_alarm * miss) / spread if spread else 0.0}
-    return {metric: values[metric]() for metric in task.metrics}
+    tp, fp = float(np.sum((p == 1) & (y == 1))), float(np.sum((p == 1) & (y != 1)))
+    fn, tn = float(np.sum((p != 1) & (y == 1))), float(np.sum((p != 1) & (y != 1)))
+    spread = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    values = {"accuracy": float(np.mean(p == y)),
+              "f1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
+              "matthews": (tp * tn - fp * fn) / spread if spread else 0.0}
+    return {metric: values[metric] for metric in task.metrics}
 
 
 def majority(task: Task, labels: list[int]) -> dict[str, float]:
     """The scores of always answering the most frequent class: what has been learned when nothing has."""
-    most = max(sorted(set(labels)), key=labels.count)
-    return scores(task, [most] * len(labels), labels)
+    return scores(task, [int(np.bincount(labels).argmax())] * len(labels), labels)
 
 
 # --- The toy task -----------------------------------------------------------------------------------------------------

@@ -130,17 +130,6 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     return torch.optim.AdamW(parameters, fused=True)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto takes what is there. Raises RunError for a device that is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(device for device, is_there in there.items() if is_there))
-    if name not in there or not there[name]:
-        raise RunError(f"--device {name}: there is none here; use one of auto, "
-                       f"{', '.join(device for device, is_there in there.items() if is_there)}")
-    return torch.device(name)
-
-
 def open_folder(settings: Settings) -> Path:
     """The run's folder, ready to be written: new, or one to resume or to start over. Raises RunError."""
     out = Path(settings.out or f"runs/{settings.task}{'' if settings.method == 'smartbert' else '-bert'}").expanduser()
@@ -186,7 +175,7 @@ def train(settings: Settings) -> Path:
 
     After every epoch checkpoint.pt holds all that is needed to go on as if nothing had happened.
     """
-    device = pick_device(settings.device)
+    device = evaluation.pick_device(settings.device)
     task = data.find_task(settings.task)
     if settings.method not in ("smartbert", "bert"):
         raise RunError(f"--method {settings.method}: known are smartbert and bert")
