@@ -70,15 +70,12 @@ TASKS = {task.name: task for task in (
 )}
 
 
-def task(name: str) -> Task:
+def find_task(name: str) -> Task:
     """The task of that name. Raises DataError with the known names, the nearest first."""
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name.lower(), TASKS, 1, 0.4)
     raise DataError(f"unknown task {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(TASKS)}")
-
-
-find_task = task                                # for wherever a Task itself is called `task`
 
 
 @dataclass
@@ -205,7 +202,7 @@ def write_json(path: str | Path, value) -> None:
 def download(url: str, path: Path) -> None:
     """Fetch url to path, with a progress bar. What has come stays in path.part, from where the next call goes on; the
     file takes its name only at the size the server gave. Raises DataError that names the file to fetch by hand."""
-    # path.part.tag keeps the server's mark (ETag or date) of the version that path.part was begun with.
+    # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     otherwise = f"run again to go on, or fetch {url} by hand and put it at {path}"
     have = part.stat().st_size if part.is_file() and tag.is_file() else 0
@@ -223,9 +220,10 @@ def download(url: str, path: Path) -> None:
             have = have if answer.status_code == 206 else 0
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
-            tag.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
             with open(part, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+                mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+                tag.write_text(mark) if mark else tag.unlink(missing_ok=True)
                 for chunk in answer.iter_content(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))
@@ -235,7 +233,7 @@ def download(url: str, path: Path) -> None:
         if total is not None and size != total:
             raise DataError(f"{path.name} came with {size} of {total} bytes: {otherwise}")
         os.replace(part, path)
-        tag.unlink()
+        tag.unlink(missing_ok=True)
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", None)
         reason = f"the server answered {status}" if status else "no connection, or it broke"
@@ -286,15 +284,18 @@ def unpack(task: Task, folder: Path, archive: Path) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError):
         archive.unlink()
         raise DataError(f"{archive} was truncated or damaged, and is removed: run again to download it")
-    raise DataError(f"{archive} is not GLUE's ({f'it writes to {strange[0]}' if strange else 'tsv files are missing'}): "
-                    f"remove it and run again")
+    reason = f"{strange[0]} leads out of its folder" if strange else f"it lacks {', '.join(set(wanted) - set(names))}"
+    raise DataError(f"{archive} is not GLUE's, {reason}: remove it and run again to download it")
 
 
 def assemble_mrpc(task: Task, folder: Path, text: Path, dev_ids: Path) -> None:
     """MRPC's train.tsv and dev.tsv: dev is the rows whose pair of ids GLUE lists. Raises DataError."""
     advice = "remove it and run again to download it"
     header, *rows = read_lines(text, advice)
-    pairs = {tuple(line.split("\t")) for line in read_lines(dev_ids, advice)}
+    pairs = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
+    lost = pairs - {tuple(row.split("\t")[1:3]) for row in rows}
+    if lost or not pairs:
+        raise DataError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are missing: {advice}")
     for split, is_dev in (("train", False), ("dev", True)):
         lines = [header] + [row for row in rows if (tuple(row.split("\t")[1:3]) in pairs) == is_dev]
         write_whole(folder / f"{split}.tsv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
@@ -430,19 +431,21 @@ def majority(task: Task, labels: list[int]) -> dict[str, float]:
 
 GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
 BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
-NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown", "judge", "nurse",
-         "poet", "pilot", "thief", "monk", "singer", "hunter", "painter", "miller", "soldier", "doctor", "wizard", "bear")
+NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown", "judge",
+         "nurse", "poet", "pilot", "thief", "monk", "singer", "hunter", "painter", "miller", "soldier", "doctor",
+         "wizard", "bear")
 FILLERS = ("very", "quite", "truly")        # they turn nothing
 
 
-def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> dict[str, Split]:
-    """Sentences with a good or a bad quality behind nested negations: level k of 0 .. levels - 1 has k of them, and
-    the label is whether the whole says something good.
+def toy(train: int = 6000, dev: int = 1000, seed: int = 0) -> dict[str, Split]:
+    """Sentences with a good or a bad quality behind nested negations: level k of 0 .. 3 has k of them, and the label is
+    whether the whole says something good.
 
         level 2:  the baker is not very not kind     -> good
 
-    Levels, qualities and labels are balanced and even and odd levels equally many: every word stands as often in good
-    sentences as in bad ones, so counting words tells nothing; the words must be composed. No sentence occurs twice.
+    In the dev set the levels are equally many, and at each of them the labels: every word stands as often in good
+    sentences as in bad ones, so counting words tells nothing; they must be composed. In training easy sentences are more
+    frequent, 4 : 3 : 2 : 1, or a model starts with nothing to go by. No sentence occurs twice.
     """
     rng, seen = random.Random(seed), set()
 
@@ -451,10 +454,10 @@ def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> d
         rng.shuffle(words)
         return " ".join(["the", rng.choice(NOUNS), "is", *words, rng.choice(GOOD if good == (level % 2 == 0) else BAD)])
 
-    def split(size: int) -> Split:
+    def split(size: int, mix: tuple[int, ...]) -> Split:
         texts, labels, each = [], [], []
         while len(texts) < size:
-            level, good = len(texts) // 2 % levels, len(texts) % 2
+            level, good = mix[len(texts) // 2 % len(mix)], len(texts) % 2
             text = sentence(level, bool(good))
             if text not in seen:
                 seen.add(text)
@@ -463,7 +466,7 @@ def toy(train: int = 6000, dev: int = 1000, levels: int = 4, seed: int = 0) -> d
                 each.append(level)
         return Split(texts, labels, each)
 
-    return {"train": split(train), "dev": split(dev)}
+    return {"train": split(train, (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)), "dev": split(dev, (0, 1, 2, 3))}
 
 
 def toy_tokenizer() -> BertWordPieceTokenizer:

@@ -23,8 +23,9 @@ from bert import Bert, needed
 # --- Skipping gate and exit head --------------------------------------------------------------------------------------
 
 def width(hidden_size: int) -> int:
-    """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size."""
-    return max(8, 8 * round(hidden_size / 48))
+    """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size
+    (deviation 12); at least 16, below which four heads see nothing."""
+    return max(16, 8 * round(hidden_size / 48))
 
 
 class ClsAttention(nn.Module):
@@ -104,6 +105,9 @@ class SmartBert(nn.Module):
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
         self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
         self.projections = nn.ModuleList(projection(H, W) for _ in range(L))             # phase 1's contrast
+        for name, p in self.named_parameters():
+            if not name.startswith("bert.") and name.endswith("weight") and p.dim() > 1:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # what comes in normalised goes on at the same scale
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
         """Plain BERT: every layer, the last head. ids, types, mask (B, S) -> logits (B, C)."""
@@ -269,7 +273,8 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
             yield piece, longest, needed(mask[piece, :longest])
 
     waiting = torch.arange(N, device=ids.device)
-    h = torch.empty(*ids.shape, model.bert.config.hidden_size, device=ids.device)      # (N, S, H)
+    # zeros: what stands in padding gets no weight in attention, but no weight times NaN would still be NaN
+    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=ids.device)      # (N, S, H)
     for rows, s, _ in in_batches(waiting):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], types[rows, :s])
     for i, layer in enumerate(model.bert.layers):

@@ -50,8 +50,8 @@ class Settings:
     budget_weight: float = flag(10.0, "how hard the budget pushes")
     lam: float | None = flag(None, "lambda, the paper's push, instead of a budget (the release's value for RTE: 0.04)")
     gate_bias: float = flag(-2.0, "where the gates start: g = .12, layers run at first; the release starts at 0")
-    push_start: float = flag(0.2, "share of phase 1 before the budget pushes: first the task, then the saving")
-    push_full: float = flag(0.6, "share of phase 1 after which the budget is the full one")
+    push_start: float = flag(0.4, "share of phase 1 in which the gates rest: first the task, then the saving")
+    push_full: float = flag(0.7, "share of phase 1 after which the budget is the full one")
     soft_epochs: int = flag(0, "epochs of phase 1 with soft gates; the release: 3 of 5")
     # the contrast
     eta1: float = flag(0.01, "eta_1, weight of phase 1's contrast")
@@ -85,7 +85,7 @@ class Settings:
 
 # What a task wants otherwise than the defaults above.
 RECIPES = {
-    "toy": dict(lr=1e-3, batch_size=128, epochs1=30, epochs2=6, dropout=0.0, push_start=0.5, push_full=0.8),
+    "toy": dict(lr=5e-4, batch_size=64, epochs1=24, epochs2=6, dropout=0.0, push_full=0.8),
 }
 
 
@@ -125,7 +125,7 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
         module.requires_grad_(True)
         for decayed in (True, False):                       # biases and LayerNorm have one dimension, matrices two
             chosen = [p for p in module.parameters() if (p.dim() > 1) == decayed]
-            parameters.append({"params": chosen, "lr": lr, "top": lr,
+            parameters.append({"params": chosen, "lr": lr, "top": lr, "gates": module is model.gates,
                                "weight_decay": settings.weight_decay if decayed else 0.0})
     return torch.optim.AdamW(parameters, fused=True)
 
@@ -182,8 +182,8 @@ def train(settings: Settings) -> Path:
     if task.name != "toy" and not settings.weights:
         raise RunError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a name such as "
                        f"google-bert/bert-base-uncased")
-    splits = data.load_task(task.name, settings.data_dir, settings.cache)
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), len(task.labels)).to(device)
@@ -237,8 +237,10 @@ def train(settings: Settings) -> Path:
         for step, indices in enumerate(bar):
             batch = data.collate(training, indices).to(device)
             progress = (epoch + step / len(order)) / epochs                             # of the phase, 0..1
+            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup))
             for group in optimizer.param_groups:            # up for a while, then down to nothing
-                group["lr"] = group["top"] * min(progress / max(settings.warmup, 1e-9), 1.0, (1 - progress) / (1 - settings.warmup))
+                resting = group["gates"] and progress < settings.push_start
+                group["lr"] = 0.0 if resting else group["top"] * min(rate, 1.0)
             inputs = (batch.ids, batch.types, batch.mask)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 if settings.method == "bert":

@@ -1,0 +1,582 @@
+"""data.py against oracles of its own: metrics by hand, files with every trap of GLUE's, and a server on this machine.
+
+    pytest tests/test_data.py                                       # what needs GLUE's files is skipped
+    SMARTBERT_SHARED=folder pytest tests/test_data.py               # folder/glue/RTE/..., folder/weights/NAME/vocab.txt
+"""
+
+import io
+import os
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+import data
+from data import TASKS, DataError, Split
+
+SHARED = Path(os.environ.get("SMARTBERT_SHARED", ""))
+needs_shared = pytest.mark.skipif(not os.environ.get("SMARTBERT_SHARED"),
+                                  reason="SMARTBERT_SHARED is not set: no GLUE files to read")
+
+
+def fails(call, *parts: str) -> str:
+    """call() raises DataError with a message of one line that holds all parts."""
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+# --- Tasks and metrics ------------------------------------------------------------------------------------------------
+
+def test_unknown_task_names_the_nearest():
+    assert data.find_task("rte") is TASKS["rte"]
+    fails(lambda: data.find_task("sst-2"), "sst2?", "mnli", "toy")
+    fails(lambda: data.find_task("zzzz"), "known are", "cola")
+
+
+@pytest.mark.parametrize("tp, fp, fn, tn, accuracy, f1, matthews", [
+    (6, 1, 2, 3, 9 / 12, 12 / 15, 16 / 1120**0.5),      # worked out by hand from the four counts
+    (5, 0, 0, 4, 1.0, 1.0, 1.0),
+    (0, 4, 5, 0, 0.0, 0.0, -1.0),
+    (7, 3, 0, 0, 0.7, 14 / 17, 0.0),                    # one class predicted: Matthews' is undefined
+    (0, 0, 3, 7, 0.7, 0.0, 0.0),
+])
+def test_metrics_of_known_tables(tp, fp, fn, tn, accuracy, f1, matthews):
+    predictions, labels = [1] * (tp + fp) + [0] * (fn + tn), [1] * tp + [0] * fp + [1] * fn + [0] * tn
+    assert data.scores(TASKS["mrpc"], predictions, labels) == pytest.approx({"f1": f1, "accuracy": accuracy})
+    assert data.scores(TASKS["cola"], predictions, labels) == pytest.approx({"matthews": matthews})
+    assert list(data.scores(TASKS["mrpc"], predictions, labels)) == ["f1", "accuracy"]     # the main one first
+
+
+def test_matthews_is_the_correlation_of_two_binary_vectors():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        labels = rng.integers(0, 2, 37)
+        predictions = np.where(rng.random(37) < 0.3, 1 - labels, labels)
+        value = data.scores(TASKS["cola"], predictions.tolist(), labels.tolist())["matthews"]
+        assert value == pytest.approx(np.corrcoef(predictions, labels)[0, 1])
+
+
+def test_three_classes_and_majority():
+    assert data.scores(TASKS["mnli"], [0, 2, 2, 1], [0, 1, 2, 1]) == {"accuracy": 0.75}
+    assert data.majority(TASKS["mnli"], [2, 0, 2, 1, 2]) == pytest.approx({"accuracy": 0.6})
+    assert data.majority(TASKS["cola"], [1, 1, 0]) == {"matthews": 0.0}
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+RTE = "index\tsentence1\tsentence2\tlabel\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rte_folder(folder: Path, train: str | bytes = RTE + "0\ta b\tc\tentailment\n") -> Path:
+    write(folder / "RTE" / "train.tsv", train)
+    write(folder / "RTE" / "dev.tsv", RTE + "0\td e\tf\tnot_entailment\n")
+    return folder
+
+
+def test_reads_a_pair_task_from_either_folder(tmp_path):
+    rte_folder(tmp_path)
+    for folder in (tmp_path, tmp_path / "RTE", str(tmp_path)):
+        splits = data.load_task("rte", folder)
+        assert list(splits) == ["train", "dev"]
+        assert splits["train"].texts == [("a b", "c")] and splits["train"].labels == [0]
+        assert splits["dev"].labels == [1] and not splits["dev"].partial
+
+
+def test_text_that_trips_readers(tmp_path):
+    """BOM, Windows line ends, quotes that never close, and what str.splitlines takes for line ends."""
+    rows = ['he said "no', 'and "" left"', "one\u2028two", "three\u0085four\x0b\x1c", "caf\u00e9\rnoir"]
+    body = "".join(f"{i}\t{text}\tb\tentailment\r\n" for i, text in enumerate(rows))
+    rte_folder(tmp_path, b"\xef\xbb\xbf" + RTE.encode() + body.encode())
+    assert [text for text, _ in data.load_task("rte", tmp_path)["train"].texts] == rows
+
+
+def test_columns_are_found_by_name_and_cola_has_none(tmp_path):
+    write(tmp_path / "RTE" / "train.tsv", "label\tsentence2\tx\tsentence1\nentailment\tsecond\t\tfirst\n")
+    write(tmp_path / "RTE" / "dev.tsv", RTE + "0\td\te\tentailment")
+    assert data.load_task("rte", tmp_path)["train"].texts == [("first", "second")]
+    for name in ("train", "dev"):
+        write(tmp_path / "CoLA" / f"{name}.tsv", "gj04\t1\t\tIt rains.\ngj04\t0\t*\tRains it it.\n")
+    cola = data.load_task("cola", tmp_path)["dev"]
+    assert cola.texts == [("It rains.", None), ("Rains it it.", None)] and cola.labels == [1, 0]
+
+
+def test_rows_that_lack_fields_are_counted_and_named(tmp_path, capsys):
+    rte_folder(tmp_path, RTE + "0\ta\tb\tentailment\n1\ta\tno label\n\n2\tc\td\tnot_entailment\n" + "short\n" * 5)
+    assert data.load_task("rte", tmp_path)["train"].texts == [("a", "b"), ("c", "d")]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "train.tsv: left out 7 rows" in warning and "3, 4, 6, 7, 8, ..." in warning
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    def load():
+        return data.load_task("rte", tmp_path)
+    rte_folder(tmp_path, RTE + "0\ta\tb\tentailment\n1\ta\tb\tmaybe\n")
+    fails(load, "train.tsv, line 3", "'maybe'", "not_entailment")
+    for empty in ("", RTE, "\n"):
+        rte_folder(tmp_path, empty)
+        fails(load, "train.tsv")
+    rte_folder(tmp_path, "index\tsentence1\tlabel\n0\ta\tentailment\n")
+    fails(load, "train.tsv", "no column 'sentence2'")
+    rte_folder(tmp_path, RTE.encode() + b"0\t\xff\xfe\tb\tentailment\n")
+    fails(load, "train.tsv", "UTF-8")
+    (tmp_path / "RTE" / "train.tsv").unlink()
+    fails(load, str(tmp_path / "RTE" / "train.tsv"), "put RTE's train.tsv there")
+    fails(lambda: data.load_task("rte", tmp_path / "nowhere"), "nowhere", "RTE/")
+
+
+def test_partial_files_are_marked_and_never_preferred(tmp_path):
+    rte_folder(tmp_path)
+    write(tmp_path / "RTE" / "train.partial.tsv", RTE + "0\tpart\tb\tentailment\n")
+    assert not data.load_task("rte", tmp_path)["train"].partial
+    (tmp_path / "RTE" / "train.tsv").unlink()
+    splits = data.load_task("rte", tmp_path)
+    assert splits["train"].partial and splits["train"].texts == [("part", "b")] and not splits["dev"].partial
+    assert splits["train"].select([0]).partial
+
+
+def test_hold_out_is_stratified_disjoint_and_reproducible():
+    labels = [0] * 60 + [1] * 30 + [2] * 10
+    split = Split([(f"t{i}", None) for i in range(100)], labels, levels=list(range(100)))
+    rest, held = data.hold_out(split, 0.2, seed=5)
+    assert [held.labels.count(c) for c in range(3)] == [12, 6, 2]
+    assert sorted(rest.levels + held.levels) == list(range(100))
+    assert all(text == f"t{i}" and label == labels[i]
+               for part in (rest, held) for (text, _), label, i in zip(part.texts, part.labels, part.levels))
+    assert data.hold_out(split, 0.2, seed=5)[1].levels == held.levels
+    assert data.hold_out(split, 0.2, seed=6)[1].levels != held.levels
+    assert len(data.hold_out(split, 0.0)[1]) == 0
+    fails(lambda: data.hold_out(split, 1.5), "1.5")
+
+
+@needs_shared
+@pytest.mark.parametrize("name, train, devs, partial", [                # row counts of the official files
+    ("cola", 8551, {"dev": 1043}, False), ("sst2", 67349, {"dev": 872}, False), ("mrpc", 3668, {"dev": 408}, False),
+    ("rte", 2490, {"dev": 277}, False), ("wnli", 635, {"dev": 71}, False), ("qnli", 2000, {"dev": 5463}, True),
+    ("mnli", 15891, {"dev_matched": 9815, "dev_mismatched": 9832}, True), ("qqp", 2000, {"dev": 7600}, True)])
+def test_glue_row_counts(name, train, devs, partial, capsys):
+    splits = data.load_task(name, SHARED / "glue")
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": train, **devs}
+    assert splits["train"].partial == partial and splits[next(iter(devs))].partial == (name == "qqp")
+    assert capsys.readouterr().err == ""                                # no row was left out
+    assert all(text and (second is None) == (name in ("cola", "sst2"))
+               for rows in splits.values() for text, second in rows.texts)
+    assert set(splits["train"].labels) == set(range(len(TASKS[name].labels)))
+
+
+@needs_shared
+@pytest.mark.parametrize("name, expected", [("mrpc", {"f1": 0.812, "accuracy": 0.684}), ("wnli", {"accuracy": 0.563}),
+                                            ("rte", {"accuracy": 0.527}), ("cola", {"matthews": 0.0})])
+def test_majority_of_the_dev_sets(name, expected):
+    labels = data.load_task(name, SHARED / "glue")["dev"].labels
+    assert data.majority(TASKS[name], labels) == pytest.approx(expected, abs=5e-4)
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.files. server.cut: send only so many bytes of a body; server.ranges: honour Range and
+    If-Range, but start server.early bytes before what was asked."""
+
+    def do_GET(self):
+        body, asked = self.server.files.get(self.path), self.headers.get("Range")
+        self.server.log.append((self.path, asked))
+        if body is None:
+            return self.send_error(404)
+        start, tag = 0, f'"{hash(body)}"'
+        if asked and self.server.ranges and self.headers.get("If-Range") in (None, tag):
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) - self.server.early
+            if start >= len(body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if self.server.tags:
+            self.send_header("ETag", tag)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:][:self.server.cut])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.log, server.cut, server.ranges = {}, [], None, True
+        server.tags, server.early = True, 0
+        server.url = f"http://127.0.0.1:{server.server_port}/"
+        for name in ("GLUE_URL", "SENTEVAL_URL", "HUB_URL"):
+            monkeypatch.setattr(data, name, server.url)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+BODY = bytes(range(256)) * 700                                          # more than two chunks
+CHUNK = 65536                                                           # what has come is kept in whole chunks
+
+
+def test_download_whole(server, tmp_path):
+    server.files["/x.bin"] = BODY
+    data.download(server.url + "x.bin", tmp_path / "deep" / "x.bin")
+    assert (tmp_path / "deep" / "x.bin").read_bytes() == BODY
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.bin"]
+
+
+def test_truncated_download_leaves_no_file_and_is_resumed(server, tmp_path):
+    server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
+    fails(lambda: data.download(server.url + "x.bin", path), "x.bin", server.url, str(path))
+    assert not path.exists() and (tmp_path / "x.bin.part").read_bytes() == BODY[:CHUNK]
+    server.cut = None
+    data.download(server.url + "x.bin", path)
+    assert server.log == [("/x.bin", None), ("/x.bin", f"bytes={CHUNK}-")]
+    assert path.read_bytes() == BODY and [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize("why", ["range ignored", "file changed", "no tags", "file shorter", "odd range"])
+def test_download_starts_over_where_it_cannot_go_on(server, tmp_path, why):
+    server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
+    server.tags = why != "no tags"
+    fails(lambda: data.download(server.url + "x.bin", path))
+    server.cut, server.ranges = None, why != "range ignored"
+    if why == "file changed":
+        server.files["/x.bin"] = BODY[::-1]
+    if why == "file shorter":                                           # the mark still fits: the server says 416
+        server.files["/x.bin"] = BODY[:900]
+        (tmp_path / "x.bin.part.tag").write_text(f'"{hash(BODY[:900])}"')
+    if why == "odd range":                                              # a 206 from another place than was asked
+        server.early = 7
+    data.download(server.url + "x.bin", path)
+    assert path.read_bytes() == server.files["/x.bin"]
+    assert server.log[1] == ("/x.bin", None if why == "no tags" else f"bytes={CHUNK}-")
+
+
+def test_bytes_are_counted_where_requests_does_not(server, tmp_path, monkeypatch):
+    """urllib3 before version 2 ends a truncated body without an error."""
+    server.files["/x.bin"] = BODY
+    with monkeypatch.context() as patch:
+        patch.setattr(requests.Response, "iter_content", lambda self, size: iter([BODY[:10]]))
+        fails(lambda: data.download(server.url + "x.bin", tmp_path / "x.bin"), f"10 of {len(BODY)} bytes")
+    assert not (tmp_path / "x.bin").exists()
+    data.download(server.url + "x.bin", tmp_path / "x.bin")
+    assert (tmp_path / "x.bin").read_bytes() == BODY and server.log[1] == ("/x.bin", "bytes=10-")
+
+
+def test_no_network_says_what_to_fetch_by_hand(server, tmp_path, monkeypatch):
+    fails(lambda: data.load_task("rte", cache=tmp_path), "RTE.zip", "404", str(tmp_path / "glue" / "RTE.zip"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+        port = closed.server_port
+    monkeypatch.setattr(data, "GLUE_URL", f"http://127.0.0.1:{port}/")
+    fails(lambda: data.load_task("rte", cache=tmp_path), f"127.0.0.1:{port}/RTE.zip",
+          str(tmp_path / "glue" / "RTE.zip"))
+    assert not (tmp_path / "glue" / "RTE").exists()
+    write(tmp_path / "file", "")
+    fails(lambda: data.load_task("rte", cache=tmp_path / "file"), "could not write", "RTE.zip")
+
+
+def zipped(**files: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+WHOLE = {"RTE/": "", "RTE/train.tsv": RTE + "0\ta b\tc\tentailment\n" * 500,
+         "RTE/dev.tsv": RTE + "0\td\te\tnot_entailment\n", "RTE/test.tsv": "", "__MACOSX/RTE/._dev.tsv": "x"}
+
+
+def test_glue_zip_is_fetched_once_and_unpacked_whole(server, tmp_path, monkeypatch):
+    server.files["/RTE.zip"] = zipped(**WHOLE)
+    monkeypatch.setenv("SMARTBERT_CACHE", str(tmp_path))
+    for _ in range(2):
+        splits = data.load_task("rte")
+        assert len(splits["train"]) == 500 and splits["dev"].texts == [("d", "e")]
+    assert len(server.log) == 1
+    assert sorted(p.name for p in (tmp_path / "glue").iterdir()) == ["RTE", "RTE.zip"]
+    assert sorted(p.name for p in (tmp_path / "glue" / "RTE").iterdir()) == ["dev.tsv", "train.tsv"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_zip_is_removed(server, tmp_path, damage):
+    whole = zipped(**WHOLE)
+    middle = whole.index(b"RTE/train.tsv") + 20                         # inside the compressed rows
+    bad = whole[:-30] if damage == "truncated" else whole[:middle] + bytes(9) + whole[middle + 9:]
+    archive = write(tmp_path / "glue" / "RTE.zip", bad)
+    fails(lambda: data.load_task("rte", cache=tmp_path), str(archive), "run again")
+    assert list((tmp_path / "glue").iterdir()) == []
+    server.files["/RTE.zip"] = whole
+    assert len(data.load_task("rte", cache=tmp_path)["train"]) == 500
+
+
+@pytest.mark.parametrize("member", ["../evil.tsv", "RTE/../../../evil.tsv", "/tmp/smartbert-evil.tsv"])
+def test_zip_that_leads_out_of_its_folder_is_refused(server, tmp_path, member):
+    write(tmp_path / "cache" / "glue" / "RTE.zip", zipped(**WHOLE, **{member: "evil"}))
+    fails(lambda: data.load_task("rte", cache=tmp_path / "cache"), "RTE.zip", member)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "cache" / "glue" / "RTE.zip"]
+    assert not Path("/tmp/smartbert-evil.tsv").exists()
+
+
+def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
+    archive = write(tmp_path / "glue" / "RTE.zip", zipped(**{"WNLI/train.tsv": "x"}))
+    fails(lambda: data.load_task("rte", cache=tmp_path), "RTE.zip", "RTE/dev.tsv")
+    archive.write_bytes(zipped(**WHOLE))
+    real = data.write_whole
+
+    def killed(path, save):
+        if path.name == "dev.tsv":
+            raise KeyboardInterrupt
+        real(path, save)
+    monkeypatch.setattr(data, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_task("rte", cache=tmp_path)
+    assert not (tmp_path / "glue" / "RTE").exists()
+    monkeypatch.setattr(data, "write_whole", real)
+    assert len(data.load_task("rte", cache=tmp_path)["dev"]) == 1
+
+
+def test_mrpc_is_put_together(server, tmp_path):
+    rows = [f"{i % 2}\t{100 + i}\t{200 + i}\tHe said \"no {i}\tShe {i}" for i in range(6)]
+    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "\n".join(rows) + "\n"
+    server.files = {"/msr_paraphrase_train.txt": text.encode(),
+                    "/mrpc_dev_ids.tsv": b"104\t204\n101\t201\n"}
+    splits = data.load_task("mrpc", cache=tmp_path)
+    assert [second for _, second in splits["dev"].texts] == ["She 1", "She 4"] and splits["dev"].labels == [1, 0]
+    assert [second for _, second in splits["train"].texts] == ["She 0", "She 2", "She 3", "She 5"]
+    server.files["/msr_paraphrase_train.txt"] = "\n".join(text.split("\n")[:4]).encode()
+    fails(lambda: data.load_task("mrpc", cache=tmp_path / "other"), "msr_paraphrase_train.txt", "1 dev rows")
+    assert not (tmp_path / "other" / "glue" / "MRPC").exists()
+
+
+def test_weights_by_name_short_name_and_folder(server, tmp_path):
+    for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
+        server.files[f"/google/bert_uncased_L-2_H-128_A-2/resolve/main/{file}"] = file.encode()
+    for name in ("google/bert_uncased_L-2_H-128_A-2", "bert_uncased_L-2_H-128_A-2"):
+        folder = data.fetch_weights(name, tmp_path)
+        assert folder.parent == tmp_path / "weights"
+        assert {p.name: p.read_text() for p in folder.iterdir()} == {
+            file: file for file in ("config.json", "vocab.txt", "pytorch_model.bin")}
+    assert len(server.log) == 3                                         # the second time all was there
+    assert data.fetch_weights(str(folder), tmp_path) == folder
+    fails(lambda: data.fetch_weights("bert-base-uncased", tmp_path), "google-bert/bert-base-uncased/resolve", "404")
+    fails(lambda: data.fetch_weights("google/bert_uncased_L-2_H-128_A-4", tmp_path), "google-bert/bert-base-uncased")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    for name in ("SMARTBERT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.cache_dir() == tmp_path / ".cache" / "smartbert"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert data.cache_dir() == Path("/xdg/smartbert")
+    monkeypatch.setenv("SMARTBERT_CACHE", "~/here")
+    assert data.cache_dir() == tmp_path / "here" and data.cache_dir("/there") == Path("/there")
+
+
+def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
+    path = write(tmp_path / "x", "old")
+
+    def broken(file):
+        file.write(b"half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        data.write_whole(path, broken)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    data.write_whole(path, lambda file: file.write(b"new"))
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+@needs_shared
+@pytest.mark.parametrize("text, second, ids, types", [                  # ids that bert-base-uncased is known to give
+    ("hello world", None, [101, 7592, 2088, 102], [0] * 4),
+    ("Hello, WORLD!", None, [101, 7592, 1010, 2088, 999, 102], [0] * 6),
+    ("h\u00e9llo", "world", [101, 7592, 102, 2088, 102], [0, 0, 0, 1, 1])])
+def test_bert_tokens(text, second, ids, types):
+    tokenizer = data.load_tokenizer(SHARED / "weights" / "e5-small")
+    split = data.encode(tokenizer, Split([(text, second)], [0]))
+    assert split.ids == [ids] and split.types == [types]
+
+
+def vocabulary(folder: Path, *words: str) -> Path:
+    write(folder / "vocab.txt", "".join(f"{word}\n" for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *words)))
+    return folder
+
+
+def test_word_pieces_and_case(tmp_path):
+    vocabulary(tmp_path, "a", "un", "##able", "##aff", "A")
+    tokens = data.load_tokenizer(tmp_path).encode("A unaffable \u00e0 zz").tokens
+    assert tokens == ["[CLS]", "a", "un", "##aff", "##able", "a", "[UNK]", "[SEP]"]
+    write(tmp_path / "tokenizer_config.json", '{"do_lower_case": false}')
+    assert data.load_tokenizer(tmp_path).encode("A a \u00e0").tokens == ["[CLS]", "A", "a", "[UNK]", "[SEP]"]
+    write(tmp_path / "tokenizer_config.json", '{"do_lower')
+    fails(lambda: data.load_tokenizer(tmp_path), "tokenizer_config.json")
+
+
+def test_vocabularies_that_cannot_be_used(tmp_path):
+    fails(lambda: data.load_tokenizer(tmp_path), "vocab.txt", "pytorch_model.bin")
+    for content in ("", "[PAD]\n[CLS]\nhello\n"):
+        write(tmp_path / "vocab.txt", content)
+        fails(lambda: data.load_tokenizer(tmp_path), "vocab.txt", "[UNK]", "[SEP]")
+
+
+def test_the_longer_text_is_cut_first(tmp_path):
+    """An oracle of its own: take the last token off the longer one until all fits."""
+    tokenizer = data.load_tokenizer(vocabulary(tmp_path, *"abc"))
+    for first, second in ((20, 3), (3, 20), (9, 9), (12, 8), (1, 2)):
+        split = data.encode(tokenizer, Split([("a " * first, "b " * second), ("c " * 30, None)], [0, 1]), 13)
+        while first + second > 13 - 3:
+            first, second = (first - 1, second) if first > second else (first, second - 1)
+        assert split.ids[0] == [2] + [4] * first + [3] + [5] * second + [3]
+        assert split.types[0] == [0] * (first + 2) + [1] * (second + 1)
+        assert split.ids[1] == [2] + [6] * 11 + [3]
+    fails(lambda: data.encode(tokenizer, split, 7), "7")
+
+
+def test_written_vocabulary_reads_back_equal(tmp_path):
+    toy = data.toy_tokenizer()
+    data.write_vocabulary(toy, tmp_path)
+    again, split = data.load_tokenizer(tmp_path), data.toy(60, 20)["dev"]
+    assert again.get_vocab() == toy.get_vocab()
+    assert data.encode(again, split).ids == data.encode(toy, split).ids
+    (tmp_path / "cased").mkdir()
+    vocabulary(tmp_path / "cased", "A")
+    write(tmp_path / "cased" / "tokenizer_config.json", '{"do_lower_case": false}')
+    data.write_vocabulary(data.load_tokenizer(tmp_path / "cased"), tmp_path)
+    assert data.load_tokenizer(tmp_path).encode("A a").tokens == ["[CLS]", "A", "[UNK]", "[SEP]"]
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+def encoded(rows: int = 331) -> Split:
+    """Rows of 3 to 40 tokens; row i holds nothing but the token i + 1, so that each can be told apart."""
+    lengths = np.random.default_rng(0).integers(3, 41, rows)
+    return Split([("", None)] * rows, [i % 3 for i in range(rows)],
+                 ids=[[i + 1] * int(n) for i, n in enumerate(lengths)],
+                 types=[[0] * int(n - 2) + [1] * 2 for n in lengths])
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_every_example_once_in_rows_as_long_as_need_be(seed):
+    split, seen = encoded(), []
+    for batch in data.batches(split, 7, seed):
+        B, S = batch.ids.shape
+        assert B <= 7 and batch.types.shape == batch.mask.shape == (B, S)
+        assert batch.mask.dtype == torch.bool and batch.ids.dtype == batch.labels.dtype == torch.long
+        assert S == max(len(split.ids[i]) for i in batch.index.tolist())
+        for row, i in enumerate(batch.index.tolist()):
+            n = len(split.ids[i])
+            assert batch.mask[row].tolist() == [True] * n + [False] * (S - n)
+            assert batch.ids[row].tolist() == split.ids[i] + [0] * (S - n)
+            assert batch.types[row].tolist() == split.types[i] + [0] * (S - n)
+            assert batch.labels[row] == split.labels[i]
+            seen.append(i)
+    assert sorted(seen) == list(range(len(split)))
+
+
+def padding(split: Split, indices: list[list[int]]) -> float:
+    """Share of the cells that no token fills."""
+    cells = sum(len(rows) * max(len(split.ids[i]) for i in rows) for rows in indices)
+    return 1 - sum(map(len, split.ids)) / cells
+
+
+def test_order_of_batches():
+    split = encoded(2000)
+    first, again, other = (data.batch_indices(split, 8, seed) for seed in (1, 1, 2))
+    assert first == again and first != other
+    assert len(first) == len(data.batch_indices(split, 8)) == 250 == len(list(data.batches(split, 8)))
+    lengths = [len(split.ids[i]) for rows in data.batch_indices(split, 8) for i in rows]
+    assert lengths == sorted(lengths)
+    pool = split.select(range(400))                                     # training sees no order of length in a pool
+    means = [np.mean([len(pool.ids[i]) for i in rows]) for rows in data.batch_indices(pool, 8, 1)]
+    assert abs(np.corrcoef(means, np.arange(50))[0, 1]) < 0.3
+    shuffled = np.random.default_rng(0).permutation(2000).reshape(250, 8).tolist()
+    assert padding(split, first) < 0.3 * padding(split, shuffled)
+    assert padding(split, data.batch_indices(split, 8)) <= padding(split, first)
+    fails(lambda: data.batch_indices(split, 0), "0")
+    with pytest.raises(IndexError):                                     # not an empty epoch in silence
+        data.batch_indices(Split([("a", None)], [0]), 8)
+
+
+def test_batch_moves_whole():
+    batch = next(data.batches(encoded(5), 5)).to("meta")
+    assert {value.device.type for value in vars(batch).values()} == {"meta"}
+
+
+# --- The toy task -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def toy():
+    return data.load_task("toy")
+
+
+def test_toy_labels_follow_from_the_words(toy):
+    for split in toy.values():
+        for (text, second), label, level in zip(split.texts, split.labels, split.levels):
+            words = text.split()
+            good = words[-1] in data.GOOD
+            assert second is None and good != (words[-1] in data.BAD)
+            assert words.count("not") == level and label == (good if level % 2 == 0 else not good)
+
+
+def test_toy_is_balanced_and_its_splits_are_distinct(toy):
+    for name, shares in (("train", (0.4, 0.3, 0.2, 0.1)), ("dev", (0.25, 0.25, 0.25, 0.25))):
+        cells = list(zip(toy[name].levels, toy[name].labels))
+        assert {cell: cells.count(cell) for cell in set(cells)} == {
+            (level, label): round(len(cells) * shares[level] / 2) for level in range(4) for label in range(2)}
+    texts = [text for split in toy.values() for text, _ in split.texts]
+    assert len(set(texts)) == len(texts) == sum(map(len, toy.values()))
+    assert toy["train"].texts == data.load_task("toy", seed=0)["train"].texts
+    assert toy["train"].texts != data.load_task("toy", seed=1)["train"].texts
+
+
+def test_toy_words_are_all_known(toy):
+    tokenizer = data.toy_tokenizer()
+    unknown = tokenizer.token_to_id("[UNK]")
+    for split in toy.values():
+        for ids, (text, _) in zip(data.encode(tokenizer, split).ids, split.texts):
+            assert len(ids) == len(text.split()) + 2 and unknown not in ids
+
+
+def bag_of_words(train: Split, dev: Split) -> float:
+    """Dev accuracy of a logistic regression on word counts."""
+    words = sorted({word for text, _ in train.texts for word in text.split()})
+
+    def counts(split):
+        return torch.tensor([[float(text.split().count(word)) for word in words] for text, _ in split.texts])
+    x, y, weight, bias = counts(train), torch.tensor(train.labels).float(), torch.zeros(len(words)), torch.zeros(1)
+    optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=40)
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y)
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return ((counts(dev) @ weight + bias > 0) == torch.tensor(dev.labels)).float().mean().item()
+
+
+def test_counting_words_does_not_solve_the_toy(toy):
+    assert bag_of_words(toy["train"], toy["dev"]) < 0.57
+    # The same classifier does learn where counting suffices: without negation.
+    plain = [toy[name].select([i for i, level in enumerate(toy[name].levels) if level == 0]) for name in toy]
+    assert bag_of_words(*plain) > 0.95

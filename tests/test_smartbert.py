@@ -1,0 +1,208 @@
+"""Gates, hard weight, contrast, dynamic inference and its cost, against brute force on tiny odd sizes."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_batch, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from smartbert import (ClsAttention, Outcome, SmartBert, budget_push, companion_flops, contrast, entropy, entropy_below,
+                       flops, gated_walk, hard_weight, infer, lambda_push, layer_flops, phase1_loss, phase2_loss,
+                       plain_flops, width)
+
+
+def one_by_one(model: SmartBert, ids, types, mask, skip: bool, threshold: float | None) -> Outcome:
+    """The method as the paper tells it: one example, one layer after the other."""
+    L = len(model.gates)
+    logits, ran, exits = [], torch.zeros(len(ids), L, dtype=torch.bool), torch.full((len(ids),), L)
+    for row in range(len(ids)):
+        S = int(mask[row].sum())
+        h, answer = model.bert.embeddings(ids[row:row + 1, :S], types[row:row + 1, :S]), None
+        for i in range(L):
+            if skip and model.gates[i](h, None).item() >= 0.5:
+                continue
+            h = model.bert.layers[i](h, None)
+            ran[row, i] = True
+            p = model.heads[i](h, None)[0].softmax(-1)[0]
+            if threshold is not None and i < L - 1 and -sum(x * math.log(x) for x in p.tolist()) < threshold:
+                exits[row], answer = i + 1, model.heads[i](h, None)[0]
+                break
+        logits.append(model.heads[-1](h, None)[0] if answer is None else answer)
+    return Outcome(torch.cat(logits), ran, exits)
+
+
+def assert_same(ours: Outcome, theirs: Outcome) -> None:
+    assert torch.equal(ours.ran, theirs.ran)
+    assert torch.equal(ours.exit, theirs.exit)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@torch.no_grad()
+def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_size):
+    """Logits, layers run and exit layer of every row equal the one-example-at-a-time reference."""
+    model, batch = tiny_model(seed), tiny_batch(seed, rows=11)
+    leave = None if threshold is None else entropy_below(threshold)
+    ours = infer(model, *batch, skip=skip, leave=leave, batch_size=batch_size)
+    theirs = one_by_one(model, *batch, skip, threshold)
+    assert_same(ours, theirs)
+    if skip and threshold is None:
+        assert 0 < ours.ran.float().mean() < 1          # or this test would show little
+    if threshold == 2.0:                                # above ln C everybody leaves: the pool empties early
+        assert (ours.exit[ours.ran.any(1)] < 5).any()
+
+
+@torch.no_grad()
+def test_without_gates_and_exits_it_is_the_plain_encoder():
+    model, batch = tiny_model(), tiny_batch()
+    outcome = infer(model, *batch, skip=False, leave=None, batch_size=4)
+    torch.testing.assert_close(outcome.logits, model(*batch), rtol=1e-4, atol=1e-5)
+    assert outcome.ran.all() and (outcome.exit == 5).all()
+
+
+@pytest.mark.parametrize("shut", [[0, 1, 2, 3, 4], [2], [4], [0, 4]])
+@torch.no_grad()
+def test_layers_that_nobody_runs(shut):
+    """Rows that skip every layer, a layer that nobody runs, a last layer that is skipped: all take the last head."""
+    model, batch = tiny_model(), tiny_batch()
+    for i, gate in enumerate(model.gates):
+        gate.out.weight.zero_()
+        gate.out.bias.fill_(5.0 if i in shut else -5.0)
+    for threshold in (None, 0.7):
+        leave = None if threshold is None else entropy_below(threshold)
+        outcome = infer(model, *batch, leave=leave, batch_size=4)
+        assert_same(outcome, one_by_one(model, *batch, True, threshold))
+        assert not outcome.ran[:, shut].any()
+
+
+def test_only_the_cls_query_is_needed():
+    """The [CLS] row of full multi-head attention over all queries, written out, is what gates and heads compute."""
+    torch.manual_seed(0)
+    body, h = ClsAttention(20, 12, heads=3, dropout=0.1).eval(), torch.randn(4, 7, 20)
+    mask = torch.arange(7) < torch.tensor([7, 5, 2, 1])[:, None]
+    z = torch.tanh(body.inner(h))
+    q, (k, v) = body.query(z), body.key_value(z).chunk(2, dim=-1)
+    full = torch.zeros(4, 7, 12)
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        s = (q[..., part] @ k[..., part].transpose(1, 2) / 2).masked_fill(~mask[:, None], -torch.inf)
+        full[..., part] = s.softmax(-1) @ v[..., part]
+    torch.testing.assert_close(body(h, mask)[0], full[:, 0])
+
+
+def test_width_is_a_sixth():
+    assert [width(H) for H in (768, 512, 384, 256, 128)] == [128, 88, 64, 40, 24]
+
+
+def test_hard_weight_is_exact_forward_and_soft_backward():
+    g = torch.tensor([0.0, 0.1, 0.3, 0.49999997, 0.5, 0.7, 0.9, 1.0], requires_grad=True)
+    hard = hard_weight(g)
+    assert hard.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    weights = torch.arange(8.0)
+    (hard * weights).sum().backward()
+    assert torch.equal(g.grad, weights)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_gated_walk_mixes_input_and_output(hard):
+    """h_i = (1 - g_i) layer_i(h_{i-1}) + g_i h_{i-1}; hard gates give what inference gives."""
+    model, batch = tiny_model(), tiny_batch()
+    inputs, outputs, h, soft, used = gated_walk(model, *batch, hard=hard)
+    for i in range(5):
+        after = inputs[i + 1] if i < 4 else h
+        torch.testing.assert_close(after, (1 - used[:, i, None, None]) * outputs[i] + used[:, i, None, None] * inputs[i])
+    assert torch.equal(used, (soft >= 0.5).float() if hard else soft)
+    if hard:
+        assert torch.equal(infer(model, *batch, leave=None).ran, used == 0)
+
+
+def test_contrast_by_brute_force():
+    """A loop over tokens; padding is neither found nor a negative, whatever stands in it."""
+    torch.manual_seed(1)
+    u, v, (_, _, mask) = torch.randn(3, 6, 5), torch.randn(3, 6, 5), tiny_batch(1, rows=3, longest=6)
+    losses = []
+    for b in range(3):
+        real = mask[b].nonzero().flatten().tolist()
+        for t in real:
+            s = {o: math.exp(F.cosine_similarity(u[b, t], v[b, o], dim=0).item() / 0.5) for o in real}
+            losses.append(-math.log(s[t] / sum(s.values())))
+    torch.testing.assert_close(contrast(u, v, mask, 0.5).item(), sum(losses) / len(losses), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(contrast(u.masked_fill(~mask[..., None], 9.0), v, mask, 0.5), contrast(u, v, mask, 0.5))
+
+
+def test_pushes():
+    soft, used = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    assert lambda_push(0.3)(soft, used).item() == pytest.approx(0.3 / (0.5 + 0.5))
+    assert budget_push(0.1, 10.0)(soft, used).item() == pytest.approx(10 * (0.25 - 0.1) ** 2)
+    assert budget_push(0.3, 10.0)(soft, used).item() == 0          # met: no push
+
+
+def test_phase1_reaches_all_it_trains_and_phase2_only_the_heads():
+    """A step of phase 2 leaves everything but heads 1 .. L-1 as it was, to the bit."""
+    model, (ids, types, mask) = tiny_model(dropout=0.1).train(), tiny_batch()
+    labels = torch.arange(9) % 3
+    phase1_loss(model, ids, types, mask, labels, hard=True, push=lambda_push(0.1)).loss.backward()
+    untouched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is None and n.startswith("heads")}
+    assert untouched == {"0", "1", "2", "3", "4"} and model.heads[4].out.weight.grad is not None    # .project only in 4
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith(("bert", "gates", "projections")))
+    model.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    phase2_loss(model, ids, types, mask, labels).backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        trained = name.startswith("heads.") and not name.startswith("heads.4.")
+        if not trained:
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(model.heads[0].out.weight, before["heads.0.out.weight"])
+
+
+def test_entropy():
+    """Natural log: ln C for a guess, 0 for certainty, also where a probability is exactly 0."""
+    logits = torch.tensor([[0.0, 0.0, 0.0], [200.0, 0.0, 0.0], [1.0, 2.0, 0.5]])
+    p = logits[2].softmax(-1)
+    torch.testing.assert_close(entropy(logits), torch.stack([torch.tensor(math.log(3)), torch.tensor(0.0), -(p * p.log()).sum()]))
+
+
+def counted(function) -> int:
+    """torch's own count, with attention taken apart into products that it knows."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_cost_is_what_torch_counts():
+    """A layer, a gate and a head, on several lengths; and a whole row of a dynamic pool."""
+    model = tiny_model()
+    for S in (2, 7, 13):
+        h, tokens = torch.randn(1, S, 20), torch.tensor([S])
+        assert layer_flops(model, tokens).item() == counted(lambda: model.bert.layers[0](h, None))
+        for companion in (model.gates[0], model.heads[0]):
+            assert companion_flops(companion, tokens).item() == counted(lambda: companion(h, None))
+    ids, types, mask = tiny_batch()
+    for row in range(9):
+        S = int(mask[row].sum())
+        one, tokens = (ids[row:row + 1, :S], types[row:row + 1, :S], mask[row:row + 1, :S]), torch.tensor([S])
+        assert plain_flops(model, tokens).item() == counted(lambda: model(*one))
+        for skip in (True, False):
+            for leave in (None, entropy_below(0.8)):
+                ask = dict(skip=skip, leave=leave)
+                outcome = infer(model, *one, **ask)
+                assert flops(model, tokens, outcome, skip=skip, exits=leave is not None).item() == counted(
+                    lambda: infer(model, *one, **ask))
+
+
+def test_cost_of_bert_base():
+    """22.35 GFLOPs for the 12 layers of BERT-base at 128 tokens: 24 S H^2 + 4 S^2 H each."""
+    from bert import Bert, BertConfig
+    with torch.device("meta"):
+        base = SmartBert(Bert(BertConfig()), classes=2)
+    assert 12 * layer_flops(base, torch.tensor([128], device="cpu")).item() / 1e9 == pytest.approx(22.35, abs=0.005)

@@ -1,0 +1,182 @@
+"""Training and evaluation as a user runs them: whole runs of the toy task, killed runs, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch_size", "16", "--dropout", "0.1", "--device", "cpu"]
+
+
+def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Status 2, one line, no traceback, and the words that help."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a small run that went through without a break."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*SMALL, "--out", str(folder)])
+    return folder
+
+
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "model.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_resume_gives_the_same_weights(finished, tmp_path, monkeypatch, stop_after):
+    """Killed after an epoch of either phase, and in the middle of the next, a run ends where it would have ended."""
+    written = []
+
+    def save_then_die(path, **content):
+        save(path, **content)
+        written.append(path.name)
+        if written.count("checkpoint.pt") == stop_after:
+            monkeypatch.setattr(train.data, "collate", die_soon)
+
+    def die_soon(split, indices, calls=[]):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return collate(split, indices)
+
+    save, collate, out = train.save, train.data.collate, str(tmp_path / "run")
+    monkeypatch.setattr(train, "save", save_then_die)
+    with pytest.raises(MemoryError):
+        train.main([*SMALL, "--out", out])
+    monkeypatch.undo()
+    train.main([*SMALL, "--out", out, "--resume"])
+    theirs = weights(tmp_path / "run")
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(finished).items())
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    ours, same = ((f / "log.jsonl").read_text().splitlines() for f in (finished, tmp_path / "run"))
+    assert len(ours) == len(same)                       # no step is logged twice
+
+
+def test_kill_9_loses_at_most_an_epoch(tmp_path):
+    """A real kill -9; the checkpoint that is there is whole, and nothing half-written bears a good name."""
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--epochs1", "200", "--out", str(out)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (out / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = evaluation.load_file(out / "checkpoint.pt")
+    assert state["done"] >= 1 and sum("dev" in record for record in state["log"]) == state["done"]
+    assert not (out / "model.pt").exists()
+    refused(run("eval.py", str(out), cwd=tmp_path), "model.pt")
+
+
+def test_evaluation_writes_what_it_prints(finished, capsys):
+    """eval.json holds every row of the table; layers, FLOPs and exits agree with each other."""
+    evaluation.main([str(finished), "--thresholds", "0.1", "0.5", "9", "--repeats", "1", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())
+    assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 1000)
+    assert [row["mode"] for row in result["rows"]] == ["plain", "skip"] + ["exit"] * 3 + ["both"] * 3
+    for row in result["rows"]:
+        assert sum(row["exit_histogram"]) == 1000 and len(row["skip_rate"]) == 6
+        assert sum(level["examples"] for level in row["levels"]) == 1000
+        assert row["score"] == pytest.approx(sum(l["accuracy"] for l in row["levels"]) / 4, abs=1e-6)
+        assert row["layers"] == pytest.approx(sum(l["layers"] for l in row["levels"]) / 4, abs=1e-5)
+        assert row["seconds"] > 0 and f"{row['flops']:.3f}" in printed
+    plain = result["rows"][0]
+    assert (plain["flops"], plain["layers"], plain["threshold"]) == (1.0, 6.0, None)
+    everybody = next(r for r in result["rows"] if r["mode"] == "exit" and r["threshold"] == 9)
+    assert everybody["exit_histogram"] == [1000, 0, 0, 0, 0, 0] and everybody["layers"] == 1
+    assert "warning: at threshold 9 every example leaves at layer 1" in printed
+
+
+def test_plain_bert_and_ablations_run(tmp_path, capsys):
+    """The baseline and each ablation train and evaluate."""
+    tiny = ["--limit", "60", "--epochs1", "1", "--epochs2", "1", "--device", "cpu"]
+    for name, flags in (("bert", ["--method", "bert"]), ("none", ["--no_skipping"]), ("soft", ["--soft_gates"]),
+                        ("far", ["--no_contrast", "--lam", "0.04", "--gate_bias", "0"])):
+        out = tmp_path / name
+        train.main([*tiny, *flags, "--out", str(out)])
+        evaluation.main([str(out), "--repeats", "1", "--thresholds", "0.5", "--device", "cpu"])
+    rows = {name: [row["mode"] for row in json.loads((tmp_path / name / "eval.json").read_text())["rows"]]
+            for name in ("bert", "none", "soft")}
+    assert rows == {"bert": ["plain"], "none": ["plain", "exit"], "soft": ["plain", "skip", "exit", "both"]}
+    records = [json.loads(line) for line in (tmp_path / "none/log.jsonl").read_text().splitlines()]
+    assert all(share == 1 for record in records if "run" in record for share in record["run"])
+
+
+def test_an_existing_run_is_not_overwritten(finished, tmp_path):
+    before = (finished / "model.pt").read_bytes()
+    refused(run("train.py", *SMALL, "--out", str(finished), cwd=tmp_path), "--resume", "--overwrite")
+    refused(run("train.py", *SMALL, "--lr", "0.5", "--out", str(finished), "--resume", cwd=tmp_path), "lr")
+    assert (finished / "model.pt").read_bytes() == before
+
+
+def test_bad_input_of_training(tmp_path):
+    """Each with one line and status 2, and no folder left behind."""
+    for arguments, words in (
+            (["--task", "sst-2"], ["unknown task", "sst2"]),
+            (["--task", "rte"], ["--weights"]),
+            (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
+            (["--method", "magic"], ["magic", "smartbert"]),
+            (["--max_length", "4000"], ["4000", "128"]),
+            (["--max_length", "3"], ["3"]),
+            (["--device", "tpu"], ["tpu", "cpu"])):
+        refused(run("train.py", *arguments, "--out", "run", cwd=tmp_path), *words)
+    if not torch.cuda.is_available():
+        refused(run("train.py", "--device", "cuda", "--out", "run", cwd=tmp_path), "cuda")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_and_vocabulary_must_fit(tmp_path):
+    """A folder whose vocab.txt is not the weights' is refused before anything is written."""
+    from dataclasses import asdict
+
+    from bert import Bert, BertConfig, name_table
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    parts = Bert(config).state_dict()
+    tensors = {}
+    for ours, theirs in name_table(config).items():
+        tensors |= dict(zip(theirs, parts[ours].chunk(len(theirs))))
+    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]) + "\n")
+    refused(run("train.py", "--weights", str(tmp_path), "--out", "run", cwd=tmp_path), "6", "9", "vocab.txt")
+
+
+def test_bad_input_of_evaluation(finished, tmp_path):
+    refused(run("eval.py", str(tmp_path), cwd=tmp_path), "no run")
+    refused(run("eval.py", str(finished), "--thresholds", "low", cwd=tmp_path), "low", "number")
+    refused(run("eval.py", str(finished), "--thresholds", "nan", cwd=tmp_path), "number")
+    model = (finished / "model.pt").read_bytes()
+    for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        (copy / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+        (copy / "model.pt").write_bytes(content)
+        refused(run("eval.py", str(copy), cwd=tmp_path), word)
+    torch.save({"version": 99}, copy / "model.pt")
+    refused(run("eval.py", str(copy), cwd=tmp_path), "another version")
+
+
