@@ -198,9 +198,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "pytorch_model.bin"
     if path.is_file():
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             raise WeightsError(f"{path} is truncated or no PyTorch weights file: download it again")
+        if not isinstance(tensors, dict):
+            raise WeightsError(f"{path} holds no table of tensors: download it again")
+        return tensors
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")

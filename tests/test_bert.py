@@ -1,0 +1,143 @@
+"""bert.py against Hugging Face's BertModel (fixtures/bert.npz, made by make_bert_fixture.py), and its files' traps."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert import Bert, BertConfig, WeightsError, load_bert, name_table
+
+FIXTURE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()}
+CONFIG = {name.removeprefix("config/"): value.item() for name, value in FIXTURE.items() if name.startswith("config/")}
+WEIGHTS = {name.removeprefix("weights/"): value for name, value in FIXTURE.items() if name.startswith("weights/")}
+BATCH = FIXTURE["ids"], FIXTURE["types"], FIXTURE["mask"]
+
+
+def folder(path: Path, weights: dict = WEIGHTS, **config) -> Path:
+    """A weights folder in the hub's layout."""
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    torch.save(weights, path / "pytorch_model.bin")
+    return path
+
+
+def assert_equals_huggingface(bert: Bert, tolerance: float = 1e-5) -> None:
+    hiddens = bert.eval()(*BATCH)
+    assert len(hiddens) == CONFIG["num_hidden_layers"] + 1
+    for i, h in enumerate(hiddens):
+        torch.testing.assert_close(h[BATCH[2]], FIXTURE[f"hidden{i}"][BATCH[2]], rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_every_layer_equals_huggingface(tmp_path):
+    """With padding in the batch, a pooler in the file, and a buffer and pre-training heads to be ignored by name."""
+    extra = {"embeddings.position_ids": torch.arange(13)[None], "cls.predictions.bias": torch.zeros(37)}
+    assert any(name.startswith("pooler.") for name in WEIGHTS)
+    assert_equals_huggingface(load_bert(folder(tmp_path, WEIGHTS | extra)))
+
+
+@torch.no_grad()
+def test_other_names_for_the_same_tensors(tmp_path):
+    """With "bert." in front, and LayerNorm as gamma and beta, as in Google's files."""
+    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+           for name, value in WEIGHTS.items()}
+    assert_equals_huggingface(load_bert(folder(tmp_path, old)))
+
+
+@torch.no_grad()
+def test_half_precision_files_are_read_as_fp32(tmp_path):
+    bert = load_bert(folder(tmp_path, {name: value.half() for name, value in WEIGHTS.items()}))
+    assert {p.dtype for p in bert.parameters()} == {torch.float32}
+    assert_equals_huggingface(bert, tolerance=2e-2)
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    """Missing, unexpected or misshapen: the error names the tensor."""
+    name = "encoder.layer.1.attention.self.key.weight"
+    with pytest.raises(WeightsError, match=name):
+        load_bert(folder(tmp_path, {n: v for n, v in WEIGHTS.items() if n != name}))
+    with pytest.raises(WeightsError, match="encoder.layer.7.new"):
+        load_bert(folder(tmp_path, WEIGHTS | {"encoder.layer.7.new": torch.zeros(1)}))
+    with pytest.raises(WeightsError, match="intermediate.dense.weight"):
+        load_bert(folder(tmp_path, intermediate_size=30))
+    with pytest.raises(WeightsError, match="encoder.layer.2"):
+        load_bert(folder(tmp_path, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda f: (f / "config.json").unlink(), "config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"})), "relu"),
+    (lambda f: (f / "pytorch_model.bin").unlink(), "neither"),
+    (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:-3000]), "truncated"),
+    (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "truncated"),
+    (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
+])
+def test_folders_that_cannot_be_used(tmp_path, spoil, word):
+    spoil(folder(tmp_path))
+    with pytest.raises(WeightsError, match=word) as caught:
+        load_bert(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    (folder(tmp_path) / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(WeightsError, match="pip install safetensors"):
+        load_bert(tmp_path)
+
+
+@torch.no_grad()
+def test_safetensors_with_the_package(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    save_file({name: value.contiguous() for name, value in WEIGHTS.items()}, tmp_path / "model.safetensors")
+    assert_equals_huggingface(load_bert(tmp_path))
+
+
+@torch.no_grad()
+def test_a_layer_runs_on_any_rows(tmp_path):
+    """Rows do not see each other, and nobody sees what stands in padding."""
+    bert = load_bert(folder(tmp_path)).eval()
+    hiddens, mask = bert(*BATCH), BATCH[2]
+    alone = bert.layers[1](hiddens[1][[2, 0]], mask[[2, 0]])
+    torch.testing.assert_close(alone, hiddens[2][[2, 0]])
+    rubbish = hiddens[1].masked_fill(~mask[..., None], 77.0)
+    torch.testing.assert_close(bert.layers[1](rubbish, mask)[mask], hiddens[2][mask])
+    torch.testing.assert_close(bert.layers[1](hiddens[1][:1], None), bert.layers[1](hiddens[1][:1], mask[:1]))
+
+
+def test_dropout_acts_in_training_only(tmp_path):
+    bert = load_bert(folder(tmp_path), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    assert torch.equal(bert.eval()(*BATCH)[-1], bert(*BATCH)[-1])
+    assert not torch.equal(bert.train()(*BATCH)[-1], bert(*BATCH)[-1])      # attention's alone
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6, 8, 10, 12])
+def test_the_name_table_covers_the_encoder(layers):
+    config = BertConfig(num_hidden_layers=layers, hidden_size=128, num_attention_heads=2, intermediate_size=512)
+    with torch.device("meta"):
+        assert set(name_table(config)) == set(Bert(config).state_dict())
+
+
+@pytest.mark.parametrize("name", ["gte-small", "e5-small"])
+@torch.no_grad()
+def test_real_weights(shared, name):
+    """Real 12-layer weights load; with the package transformers at hand, every layer equals its BertModel."""
+    path = shared / "weights" / name
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there")
+    bert = load_bert(path).eval()
+    assert bert.config.num_hidden_layers == 12
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertModel(transformers.BertConfig.from_pretrained(path)).eval()
+    tensors = torch.load(path / "pytorch_model.bin", weights_only=True)
+    theirs.load_state_dict({n: v.float() for n, v in tensors.items()}, strict=False)
+    ids = torch.randint(1000, 20000, (3, 17), generator=torch.Generator().manual_seed(0))
+    types, mask = (torch.arange(17) > 8).long().expand(3, 17), torch.arange(17) < torch.tensor([[17], [11], [5]])
+    expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types, output_hidden_states=True).hidden_states
+    for ours, h in zip(bert(ids, types, mask), expected, strict=True):
+        torch.testing.assert_close(ours[mask], h[mask], rtol=0, atol=1e-5)
