@@ -12,7 +12,7 @@ out; the dev set is only reported. A run's folder holds settings.json, log.jsonl
 
 import argparse
 import json
-import random
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +29,7 @@ import eval as evaluation
 from bert import Bert, BertConfig, WeightsError, load_bert
 from data import DataError
 from eval import RunError
-from smartbert import SmartBert, budget_push, lambda_push, phase1_loss, phase2_loss
+from smartbert import SmartBert, budget_push, entropy_below, lambda_push, phase1_loss, phase2_loss
 
 
 def flag(default, help: str):
@@ -91,6 +91,18 @@ RECIPES = {
 
 # --- What training starts from ----------------------------------------------------------------------------------------
 
+def check(settings: Settings) -> None:
+    """Raises RunError for a setting that makes no sense."""
+    if settings.method not in ("smartbert", "bert"):
+        raise RunError(f"--method {settings.method}: known are smartbert and bert")
+    for names, low, high in (("epochs1 batch_size limit", 1, 1e9), ("epochs2 soft_epochs", 0, 1e9), ("budget", 0, 1),
+                             ("held_out warmup push_start push_full dropout", 0, 0.99), ("lr lr_new lam", 0, 1e9)):
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not low <= value <= high:
+                raise RunError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+
+
 def build_model(settings: Settings, folder: Path | None, vocabulary: int, classes: int) -> SmartBert:
     """A SmartBert around the weights in folder, or around a small fresh BERT for the toy task."""
     dropout = dict(hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout)
@@ -138,7 +150,7 @@ def open_folder(settings: Settings) -> Path:
         raise RunError(f"--out {out} is a file; name a folder")
     if path.is_file() and settings.resume:
         before, now = json.loads(path.read_text()), asdict(settings)
-        for name in before.keys() - {"device", "resume", "overwrite", "cache", "out", "version"}:
+        for name in before.keys() - {"device", "resume", "overwrite", "cache", "out", "data_dir", "version"}:
             if before[name] != now.get(name):
                 raise RunError(f"{out} was started with {name} = {before[name]}, not {now.get(name)}: resume with the "
                                f"same settings")
@@ -170,15 +182,39 @@ def save(path: Path, **content) -> None:
     data.write_whole(path, lambda file: torch.save({"version": evaluation.VERSION, **content}, file))
 
 
+def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int, progress: float, hard: bool) -> dict:
+    """The step's loss, and what it is made of (scalars; run: share of rows that ran each layer, (L,))."""
+    inputs = (batch.ids, batch.types, batch.mask, batch.labels)
+    if settings.method == "bert":
+        return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
+    eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
+    if phase == 2:
+        return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2)}
+    result = phase1_loss(model, *inputs, hard=hard, push=push_now(settings, progress), eta1=eta1, tau1=settings.tau1)
+    return vars(result) | {"run": result.run.mean(0)}
+
+
+def observe(model: SmartBert, watched: dict, settings: Settings, phase: int) -> dict:
+    """Scores and layers run on every watched split: by the gates alone in phase 1, with exits in phase 2."""
+    task = data.find_task(settings.task)
+    skip = settings.method == "smartbert" and not settings.no_skipping
+    leave = entropy_below(0.5 * math.log(len(task.labels))) if phase == 2 else None
+    line = {}
+    for name, (split, pools) in watched.items():
+        outcome = evaluation.predict(model, pools, skip=skip, leave=leave)
+        line[name] = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
+        line[f"{name} layers"] = outcome.ran.sum(1).float().mean().item()
+    return line
+
+
 def train(settings: Settings) -> Path:
     """Both phases (or the baseline), epoch by epoch; returns the run's folder. Raises DataError, WeightsError, RunError.
 
     After every epoch checkpoint.pt holds all that is needed to go on as if nothing had happened.
     """
+    check(settings)
     device = evaluation.pick_device(settings.device)
     task = data.find_task(settings.task)
-    if settings.method not in ("smartbert", "bert"):
-        raise RunError(f"--method {settings.method}: known are smartbert and bert")
     if task.name != "toy" and not settings.weights:
         raise RunError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a name such as "
                        f"google-bert/bert-base-uncased")
@@ -193,34 +229,34 @@ def train(settings: Settings) -> Path:
     training, held = data.hold_out(splits["train"], settings.held_out, settings.seed)
     watched = {"held-out": held, **{name: splits[name] for name in task.devs}}
     watched = {name: (split, evaluation.pools(split, device)) for name, split in watched.items() if len(split)}
+    judge = next(iter(watched))                             # the held-out part, or dev where nothing is held out
 
     out = open_folder(settings)
     data.write_vocabulary(tokenizer, out)
     if (out / "model.pt").is_file():
         print(f"{out} is finished already")
         return out
+    last_phase = 2 if settings.method == "smartbert" and settings.epochs2 else 1
     schedule = [(1, epoch) for epoch in range(settings.epochs1)]
-    if settings.method == "smartbert":
-        schedule += [(2, epoch) for epoch in range(settings.epochs2)]
+    schedule += [(2, epoch) for epoch in range(settings.epochs2)] if last_phase == 2 else []
     log, best, done, before = [], None, 0, None
     if (out / "checkpoint.pt").is_file():
         before = evaluation.load_file(out / "checkpoint.pt")
         done, best, log = before["done"], before["best"], before["log"]
+        model.load_state_dict(before["model"])
         print(f"resuming {out} after {done} of {len(schedule)} epochs")
     describe = dict(config=asdict(model.bert.config), classes=len(task.labels))
 
-    phase = 0
-    for number, (now, epoch) in list(enumerate(schedule))[done:]:
-        if now != phase:                                    # a phase begins, or is taken up again
-            phase = now
-            if phase == 2:
+    optimizer = None
+    for number, (phase, epoch) in list(enumerate(schedule))[done:]:
+        if optimizer is None or epoch == 0:                 # a phase begins, or is taken up again
+            if phase == 2 and epoch == 0:
                 model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
             optimizer = make_optimizer(model, settings, phase)
-            if before and epoch > 0:
-                optimizer.load_state_dict(before["optimizer"])
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
             if before:
                 if epoch > 0:
-                    model.load_state_dict(before["model"])
+                    optimizer.load_state_dict(before["optimizer"])
                 torch.set_rng_state(before["rng"])
                 if device.type == "cuda":
                     torch.cuda.set_rng_state(before["cuda_rng"])
@@ -237,53 +273,34 @@ def train(settings: Settings) -> Path:
         for step, indices in enumerate(bar):
             batch = data.collate(training, indices).to(device)
             progress = (epoch + step / len(order)) / epochs                             # of the phase, 0..1
-            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup))
+            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup), 1.0)
             for group in optimizer.param_groups:            # up for a while, then down to nothing
                 resting = group["gates"] and progress < settings.push_start
-                group["lr"] = 0.0 if resting else group["top"] * min(rate, 1.0)
-            inputs = (batch.ids, batch.types, batch.mask)
+                group["lr"] = 0.0 if resting else group["top"] * rate
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                if settings.method == "bert":
-                    loss, parts = F.cross_entropy(model(*inputs), batch.labels), {}
-                elif phase == 1:
-                    result = phase1_loss(model, *inputs, batch.labels, hard=hard, push=push_now(settings, progress),
-                                         eta1=0.0 if settings.no_contrast else settings.eta1, tau1=settings.tau1)
-                    loss = result.loss
-                    parts = {"task": result.task, "push": result.push, "contrast": result.contrast,
-                             "run": result.run.mean(0)}
-                else:
-                    loss, parts = phase2_loss(model, *inputs, batch.labels, tau2=settings.tau2,
-                                              eta2=0.0 if settings.no_contrast else settings.eta2), {}
+                parts = loss_of(model, batch, settings, phase, progress, hard)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
+            parts["loss"].backward()
+            nn.utils.clip_grad_norm_(trained, settings.clip)
             optimizer.step()
-            recent.append({"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}})
+            recent.append({name: value.detach() for name, value in parts.items()})
             if (step + 1) % 20 == 0 or step + 1 == len(order):
                 means = {name: torch.stack([r[name] for r in recent]).float().mean(0).tolist() for name in recent[0]}
                 log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1} | means)
                 recent = []
-                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False,
-                                **({"run": f"{np.mean(means['run']):.2f}"} if "run" in means else {}))
-        seconds = time.time() - start
+                bar.set_postfix(loss=f"{means['loss']:.3f}", run=f"{np.mean(means.get('run', 1)):.2f}", refresh=False)
 
-        skip = settings.method == "smartbert" and not settings.no_skipping
-        leave = evaluation.entropy_below(0.5 * np.log(len(task.labels))) if phase == 2 else None
-        line = {"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1)}
-        for name, (split, pooled) in watched.items():
-            outcome = evaluation.predict(model, pooled, skip=skip, leave=leave)
-            line[name] = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
-            line[f"{name} layers"] = outcome.ran.sum(1).float().mean().item()
+        line = {"phase": phase, "epoch": epoch + 1, "seconds": round(time.time() - start, 1)}
+        line |= observe(model, watched, settings, phase)
         log.append(line)
         print(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {means['loss']:.3f}  " + "  ".join(
-            f"{name} {next(iter(line[name].values())):.3f} with {line[f'{name} layers']:.1f} of "
-            f"{len(model.gates)} layers" for name in watched) + f"  ({seconds:.0f} s)", flush=True)
+            f"{name} {line[name][task.metrics[0]]:.3f} with {line[f'{name} layers']:.1f} of {len(model.gates)} layers"
+            for name in watched) + f"  ({line['seconds']:.0f} s)", flush=True)
         if phase == 1:
-            judge = next(iter(watched))                     # the held-out part, or dev where nothing is held out
-            share = line[f"{judge} layers"] / len(model.gates)
             # An epoch counts once its gates are hard and its budget is met; then the score, then the cost decides.
-            met = not skip or settings.lam is not None or share <= 1.05 * settings.budget
-            rank = [bool(hard or settings.soft_gates), met, next(iter(line[judge].values())), -share]
+            share = line[f"{judge} layers"] / len(model.gates)
+            met = settings.lam is not None or settings.no_skipping or share <= 1.05 * settings.budget
+            rank = [hard or settings.soft_gates, met, line[judge][task.metrics[0]], -share]
             if best is None or rank >= best:
                 best = rank
                 save(out / "phase1.pt", model=model.state_dict(), **describe)
@@ -292,7 +309,7 @@ def train(settings: Settings) -> Path:
              optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
              cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)
 
-    if phase != 2:
+    if last_phase == 1:
         model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
     save(out / "model.pt", model=model.state_dict(), **describe)
     (out / "checkpoint.pt").unlink()

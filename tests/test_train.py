@@ -75,6 +75,23 @@ def test_resume_gives_the_same_weights(finished, tmp_path, monkeypatch, stop_aft
     assert len(ours) == len(same)                       # no step is logged twice
 
 
+def test_resume_after_the_last_epoch(finished, tmp_path, monkeypatch):
+    """Stopped between the last checkpoint and model.pt: nothing is trained again, nothing is lost."""
+    def no_model(path, **content):
+        if path.name == "model.pt":
+            raise MemoryError
+        save(path, **content)
+
+    save = train.save
+    monkeypatch.setattr(train, "save", no_model)
+    with pytest.raises(MemoryError):
+        train.main([*SMALL, "--out", str(tmp_path / "run")])
+    monkeypatch.undo()
+    train.main([*SMALL, "--out", str(tmp_path / "run"), "--resume"])
+    theirs = weights(tmp_path / "run")
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(finished).items())
+
+
 def test_kill_9_loses_at_most_an_epoch(tmp_path):
     """A real kill -9; the checkpoint that is there is whole, and nothing half-written bears a good name."""
     out = tmp_path / "run"
@@ -140,6 +157,9 @@ def test_bad_input_of_training(tmp_path):
             (["--task", "rte"], ["--weights"]),
             (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
             (["--method", "magic"], ["magic", "smartbert"]),
+            (["--epochs1", "0"], ["epochs1", "from 1"]),
+            (["--budget", "2"], ["budget", "2", "to 1"]),
+            (["--lr", "nan"], ["lr"]),
             (["--max_length", "4000"], ["4000", "128"]),
             (["--max_length", "3"], ["3"]),
             (["--device", "tpu"], ["tpu", "cpu"])):
