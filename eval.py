@@ -248,9 +248,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
                      f"the cheapest row within .01 of the best score:")
         for warning in warnings(rows, floor):
             print(f"warning: {warning}")
+        # What the run was trained with, without the folders of one machine.
+        recipe = {key: value for key, value in settings.items()
+                  if key not in ("data_dir", "cache", "out", "device", "resume", "overwrite", "version")}
+        recipe["weights"] = settings["weights"] and Path(settings["weights"]).name
         result = {"task": task.name, "split": name, "partial": bool(partial), "metric": task.metrics[0],
                   "examples": len(split), "majority": floor, "layers": L, "device": device.type,
-                  "batch_size": arguments.batch_size, "settings": settings, "rows": [vars(row) for row in rows]}
+                  "batch_size": arguments.batch_size, "settings": recipe, "rows": [vars(row) for row in rows]}
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
         data.write_json(path, result)
         print(f"\nwrote {path}")
