@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+PIECE = 2048            # tokens a layer takes at once on a CPU when no gradient is wanted: then the (tokens, I) tensor in its
+                        # middle stays in memory that the processor has just used
+
+
 class WeightsError(ValueError):
     """A weights folder that cannot be used; the message is one line that says why and what to do."""
 
@@ -46,6 +50,22 @@ class BertConfig:
                                f"num_attention_heads {self.num_attention_heads}")
 
 
+class Dropout(nn.Module):
+    """nn.Dropout, with p rounded to 1 / 65536. On a CPU that one draws a random number for every value, a fifth of a
+    training step; here one draw of 64 bits serves four values."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        n, dropped = x.numel(), round(self.p * 2**16)
+        bits = torch.empty(n // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
+        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
 class Embeddings(nn.Module):
     """What a token is + where it stands + which sentence it is in, normalised."""
 
@@ -55,7 +75,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids: Tensor, types: Tensor) -> Tensor:
         h = self.word(ids) + self.position.weight[:ids.shape[1]] + self.segment(types)     # (B, S, H)
@@ -69,23 +89,32 @@ class Layer(nn.Module):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
         self.heads = config.num_attention_heads
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
         self.qkv = nn.Linear(H, 3 * H)          # query, key and value in one product: one large one beats three
         self.out = nn.Linear(H, H)
         self.norm1 = nn.LayerNorm(H, config.layer_norm_eps)
         self.up = nn.Linear(H, I)
         self.down = nn.Linear(I, H)
         self.norm2 = nn.LayerNorm(H, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H), mask (B, S) True at real tokens or None when all are -> (B, S, H)."""
         B, S, H = h.shape
+        if B * S > PIECE and not torch.is_grad_enabled() and h.device.type == "cpu" and B > 1:
+            n = max(PIECE // S, 1)
+            return torch.cat([self(h[i:i + n], None if mask is None else mask[i:i + n]) for i in range(0, B, n)])
         q, k, v = self.qkv(h).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, A, S, D)
+        if mask is not None:
+            mask = mask[:, None, None, :]                                               # (B, 1, 1, S)
         # softmax(q k^T / sqrt(D)) v, with nothing seen of the padding
-        a = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],        # (B, 1, 1, S)
-            dropout_p=self.attention_dropout if self.training else 0.0)                 # (B, A, S, D)
+        if self.training and self.attention_dropout.p:
+            scores = q * q.shape[-1]**-0.5 @ k.transpose(2, 3)                          # (B, A, S, S)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            a = self.attention_dropout(scores.softmax(-1)) @ v                          # (B, A, S, D)
+        else:
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # the same, never whole in memory
         a = a.transpose(1, 2).reshape(B, S, H)
         h = self.norm1(h + self.dropout(self.out(a)))
         return self.norm2(h + self.dropout(self.down(F.gelu(self.up(h)))))

@@ -1,12 +1,18 @@
-"""What a trained SmartBERT skips, where it exits, what it costs and how well it answers.
+"""What a trained SmartBERT skips, where it exits, what it costs and how well it answers; and a look inside.
 
     python eval.py runs/toy                                       # the table, and eval.json in that folder
-    python eval.py runs/toy --thresholds 0.05 0.1 0.3             # your own sweep of entropy thresholds
-    python eval.py runs/rte --data_dir ~/glue                     # GLUE data from a folder of yours
+    python eval.py runs/toy --target-speedup 2                    # choose the threshold that halves the FLOPs
+    python eval.py runs/toy --criteria                            # entropy beside its family, at matched cost
+    python eval.py runs/toy --plot                                # pictures into the folder (needs matplotlib)
+    python eval.py runs/toy --trace "the cat is not kind"         # one sentence on its way through the layers
+    python eval.py runs/toy --trace-examples 2                    # the two easiest and hardest of the dev set
+    python eval.py runs/toy --predict sentences.txt               # answers for your own, - for standard input
+    python eval.py --summary results/*.json                       # mean and spread over the seeds of a study
 
 A run is measured four ways on the dev set: *plain* (every layer, the last head: BERT), *skip* (gates only), *exit*
-(exits only) and *both*. FLOPs are counted on real tokens with gates and heads, as a share of plain BERT; seconds are
-the median of several passes that collect nothing, taken in turn with plain's. The paper's experiments, in one table.
+(exits only) and *both*. Thresholds are chosen on the part of the training set that was held out. FLOPs are counted on
+real tokens with gates and heads, as a share of plain BERT; seconds are the median of several passes that collect
+nothing, taken in turn with plain's. The paper's experiments, in one table.
 """
 
 import argparse
@@ -16,16 +22,19 @@ import pickle
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import data
 from bert import Bert, BertConfig, WeightsError
 from data import Batch, DataError, Split, Task
-from smartbert import Criterion, Outcome, SmartBert, entropy_below, flops, infer, plain_flops
+from smartbert import (Criterion, Outcome, SmartBert, companion_flops, entropy, entropy_below, first_correct, fixed_layer,
+                       flops, infer, layer_flops, patience, plain_flops, probability_above)
 
 VERSION = 1             # of the files in a run's folder; another number means another layout
 POOL = 1024             # rows that wait at a layer together: enough for full batches, little enough for memory
@@ -76,26 +85,59 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
 
 # --- Inference over a whole split -------------------------------------------------------------------------------------
 
-def pools(split: Split, device: str | torch.device = "cpu", size: int = POOL) -> list[Batch]:
-    """An encoded split as a few large padded batches, sorted by length, so that a slice of one has little padding."""
+# The criteria by name, with the number that each takes; labels (N,) are for the oracle alone.
+CRITERIA: dict[str, Callable[[float, Tensor], Criterion]] = {
+    "entropy": lambda number, labels: entropy_below(number),
+    "probability": lambda number, labels: probability_above(number),
+    "patience": lambda number, labels: patience(number),
+    "layer": lambda number, labels: fixed_layer(number),
+    "oracle": lambda number, labels: first_correct(labels)}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a model. mode: plain, skip, exit or both; threshold: the number its exit criterion takes."""
+    mode: str
+    threshold: float | None = None
+    criterion: str = "entropy"
+
+    @property
+    def skip(self) -> bool:
+        return self.mode in ("skip", "both")
+
+    def leave(self, labels: Tensor) -> Criterion | None:
+        return CRITERIA[self.criterion](self.threshold, labels) if self.mode in ("exit", "both") else None
+
+    def __str__(self) -> str:
+        return self.mode if self.threshold is None else f"{self.mode} at threshold {self.threshold:g}"
+
+
+def pools(split: Split, device: str | torch.device = "cpu") -> list[Batch]:
+    """An encoded split as a few large padded batches of about one size, sorted by length."""
+    size = math.ceil(len(split) / math.ceil(len(split) / POOL))
     return [batch.to(device) for batch in data.batches(split, size)]
 
 
-def predict(model: SmartBert, batches: list[Batch], *, skip: bool, leave: Criterion | None,
-            batch_size: int = 32) -> Outcome:
-    """`infer` on every pool; the outcome in the order of the split (N rows), on the CPU."""
+def run(model: SmartBert, batch: Batch, way: Way) -> Outcome:
+    """`infer` on one pool. On a GPU larger batches are full."""
+    return infer(model, batch.ids, batch.types, batch.mask, skip=way.skip, leave=way.leave(batch.labels),
+                 batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
+
+
+def predict(model: SmartBert, batches: list[Batch], way: Way) -> Outcome:
+    """Every pool; the outcome in the order of the split (N rows), on the CPU."""
     model.eval()
-    parts = [infer(model, b.ids, b.types, b.mask, skip=skip, leave=leave, batch_size=batch_size) for b in batches]
-    order = torch.cat([b.index for b in batches]).argsort().cpu()
-    return Outcome(*(torch.cat([getattr(part, name) for part in parts]).cpu()[order]
-                     for name in ("logits", "ran", "exit")))
+    parts = [run(model, batch, way) for batch in batches]
+    order = torch.cat([batch.index for batch in batches]).argsort().cpu()
+    return Outcome(*(torch.cat([getattr(part, f.name) for part in parts]).cpu()[order] for f in fields(Outcome)))
 
 
 @dataclass
 class Row:
-    """One line of the table. layers: run on average; flops, seconds: of plain's, for the whole split."""
+    """One line of the table. layers: run on average; flops: share of plain's; seconds: for the whole split."""
     mode: str
     threshold: float | None
+    criterion: str
     score: float
     layers: float
     flops: float
@@ -104,15 +146,20 @@ class Row:
     exit_histogram: list[int]       # rows that left at layer i; the last counts all who reached the end
     scores: dict[str, float]
     levels: list[dict] | None
+    held_out: float | None = None   # the score on the held-out part of the training set,
+    chosen: bool = False            # by which this row was chosen among those of its mode
+
+    @property
+    def way(self) -> Way:
+        return Way(self.mode, self.threshold, self.criterion)
 
 
-def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], mode: str, threshold: float | None,
-            batch_size: int = 32) -> Row:
-    """Run one mode over a split and account for it, in one pass. Seconds are left at 0: `time_rows` takes them."""
-    skip, leave = mode in ("skip", "both"), entropy_below(threshold) if mode in ("exit", "both") else None
-    outcome = predict(model, batches, skip=skip, leave=leave, batch_size=batch_size)
+def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], way: Way) -> Row:
+    """Run a split one way and account for it, in one pass. Seconds are left at 0: `time_rows` takes them."""
+    outcome = predict(model, batches, way)
+    if way.criterion == "layer":                            # a shallower BERT would not have asked the heads before
+        outcome.history[:, :int(way.threshold) - 1] = torch.nan
     tokens = torch.tensor([len(ids) for ids in split.ids])
-    cost = flops(model, tokens, outcome, skip=skip, exits=leave is not None)
     predictions, labels = outcome.logits.argmax(1), torch.tensor(split.labels)
     scores = data.scores(task, predictions.tolist(), split.labels)
     L = outcome.ran.shape[1]
@@ -125,18 +172,18 @@ def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], mo
                    "accuracy": (predictions == labels)[each == level].float().mean().item(),
                    "layers": outcome.ran.sum(1)[each == level].float().mean().item()}
                   for level in sorted(set(split.levels))]
-    return Row(mode, threshold, next(iter(scores.values())), outcome.ran.sum(1).float().mean().item(),
-               (cost.sum() / plain_flops(model, tokens).sum()).item(), 0.0, skipped.tolist(),
-               outcome.exit.bincount(minlength=L + 1)[1:].tolist(), scores, levels)
+    return Row(way.mode, way.threshold, way.criterion, next(iter(scores.values())),
+               outcome.ran.sum(1).float().mean().item(),
+               (flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()).item(), 0.0,
+               skipped.tolist(), outcome.exit.bincount(minlength=L + 1)[1:].tolist(), scores, levels)
 
 
-def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], batch_size: int = 32, repeats: int = 3) -> None:
+def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], repeats: int = 3) -> None:
     """Fill in each row's seconds: the median of `repeats` passes, all rows in turn, after one pass to warm up."""
     def once(row: Row) -> float:
-        leave = entropy_below(row.threshold) if row.mode in ("exit", "both") else None
         start = time.perf_counter()
-        for b in batches:
-            infer(model, b.ids, b.types, b.mask, skip=row.mode in ("skip", "both"), leave=leave, batch_size=batch_size)
+        for batch in batches:
+            run(model, batch, row.way)
         if batches[0].ids.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -149,21 +196,45 @@ def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], batch_siz
 
 # --- Accounts and warnings --------------------------------------------------------------------------------------------
 
-def sweep(model: SmartBert, split: Split, task: Task, thresholds: list[float], device: torch.device, *,
-          skipping: bool = True, exiting: bool = True, batch_size: int = 32, repeats: int = 3) -> list[Row]:
-    """The table's rows: plain, skip, then exit and both at each threshold, measured and timed side by side."""
+def sweep(model: SmartBert, split: Split, held: Split | None, task: Task, ways: list[Way], device: torch.device, *,
+          max_drop: float = 1.0, speedup: float | None = None, repeats: int = 3) -> list[Row]:
+    """The table's rows, one for each way (the first is plain), measured and timed side by side; in every mode the one is
+    marked that `choose` takes on the held-out split."""
     batches = pools(split, device)
-    wanted = [("plain", None)] + [("skip", None)] * skipping
-    for mode in ("exit",) * exiting + ("both",) * (exiting and skipping):
-        wanted += [(mode, threshold) for threshold in thresholds]
-    rows = [measure(model, split, task, batches, mode, threshold, batch_size) for mode, threshold in wanted]
-    time_rows(model, batches, rows, batch_size, repeats)
+    rows = [measure(model, split, task, batches, way) for way in ways]
+    if held is not None and len(held):
+        batches_held = pools(held, device)
+        rehearsal = [measure(model, held, task, batches_held, way) for way in ways]
+        for row, other in zip(rows, rehearsal):
+            row.held_out = other.score
+        for i in choose(rehearsal, max_drop, speedup):
+            rows[i].chosen = True
+    if repeats:
+        time_rows(model, batches, rows, repeats)
     return rows
+
+
+def choose(rows: list[Row], max_drop: float, speedup: float | None = None) -> list[int]:
+    """Which row of each mode to take: the cheapest whose score is at most max_drop points below the best row without
+    exits; or, for a target speed-up in FLOPs, the best score among those that reach it. Where none does: the best score,
+    or the cheapest."""
+    floor, taken = max(row.score for row in rows if row.mode in ("plain", "skip")) - max_drop / 100, []
+    for mode in ("plain", "skip", "exit", "both"):
+        ours = [i for i, row in enumerate(rows) if row.mode == mode]
+        if speedup is None:
+            enough = [i for i in ours if rows[i].score >= floor]
+            taken += [min(enough, key=lambda i: rows[i].flops) if enough else max(ours, key=lambda i: rows[i].score)
+                      ] if ours else []
+        else:
+            enough = [i for i in ours if rows[i].flops <= 1 / speedup]
+            taken += [max(enough, key=lambda i: rows[i].score) if enough else min(ours, key=lambda i: rows[i].flops)
+                      ] if ours else []
+    return taken
 
 
 def warnings(rows: list[Row], floor: float) -> list[str]:
     """What a reader of the table should know before believing it. floor: the majority class's score."""
-    found, L = [], len(rows[0].skip_rate)
+    found = []
     for row in rows:
         if row.mode == "skip" and max(row.skip_rate) == 0:
             found.append("no layer is ever skipped: the gates have learned nothing, or lambda or --budget asks nothing")
@@ -173,8 +244,7 @@ def warnings(rows: list[Row], floor: float) -> list[str]:
             layer = row.exit_histogram.index(max(row.exit_histogram)) + 1
             found.append(f"at threshold {row.threshold:g} every example leaves at layer {layer}: it is too high")
         if row.score <= floor:
-            found.append(f"{row.mode}{'' if row.threshold is None else f' at {row.threshold:g}'}: the score is no better "
-                         f"than always answering the majority class ({floor:.3f})")
+            found.append(f"{row.way}: the score is no better than always answering the majority class ({floor:.3f})")
     exits = [row for row in rows if row.mode == "exit"]
     if exits and all(sum(row.exit_histogram[:-1]) == 0 for row in exits):
         found.append("nobody ever exits early: the thresholds are too low")
@@ -183,31 +253,218 @@ def warnings(rows: list[Row], floor: float) -> list[str]:
 
 def table(rows: list[Row], metric: str, layers: int) -> str:
     """The rows as text. Speed-ups are plain's FLOPs or seconds over the row's."""
-    lines = [f"{'mode':<6} {'threshold':>9} {metric:>9} {'layers':>7} {'FLOPs':>7} "
+    lines = [f"{'mode':<6} {'threshold':>9} {metric:>9} {'held-out':>9} {'layers':>7} {'FLOPs':>7} "
              f"{'speed-up in FLOPs':>18} {'in seconds':>11}"]
     for row in rows:
         threshold = "" if row.threshold is None else f"{row.threshold:g}"
-        lines.append(f"{row.mode:<6} {threshold:>9} {row.score:>9.3f} {row.layers:>7.2f} {row.flops:>7.3f} "
-                     f"{1 / row.flops:>17.2f}x {rows[0].seconds / row.seconds:>10.2f}x")
-    return "\n".join(lines) + f"\n(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted)"
+        held = "" if row.held_out is None else f"{row.held_out:.3f}"
+        seconds = f"{rows[0].seconds / row.seconds:.2f}x" if row.seconds else ""
+        mark = " *" if row.chosen and row.threshold is not None else ""
+        lines.append(f"{row.mode:<6} {threshold:>9} {row.score:>9.3f} {held:>9} {row.layers:>7.2f} {row.flops:>7.3f} "
+                     f"{1 / row.flops:>17.2f}x {seconds:>11}{mark}")
+    return "\n".join(lines) + (f"\n(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted; "
+                               f"* chosen on held-out data)")
 
 
 def bars(row: Row) -> str:
-    """Skip rate and exits of each layer, as bars."""
+    """Skip rate and exits of each layer, as bars; and the toy's levels."""
     lines, total = ["layer  skipped by those who reached it     left after it"], max(sum(row.exit_histogram), 1)
     for i, (skipped, left) in enumerate(zip(row.skip_rate, row.exit_histogram)):
         lines.append(f"{i + 1:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
                      f"{'#' * round(20 * left / total):<20} {left / total:>4.0%}")
+    if row.levels:
+        lines += ["", "level  examples  accuracy  layers run"]
+        lines += [f"{each['level']:>5}  {each['examples']:>8}  {each['accuracy']:>8.3f}  {each['layers']:>10.2f}"
+                  for each in row.levels]
     return "\n".join(lines)
 
 
-def show(row: Row, title: str) -> None:
-    print(f"\n{title}\n{bars(row)}")
-    if row.levels:
-        print("\nlevel  examples  accuracy  layers run")
-        for level in row.levels:
-            print(f"{level['level']:>5}  {level['examples']:>8}  {level['accuracy']:>8.3f}  {level['layers']:>10.2f}")
+def criteria(model: SmartBert, split: Split, task: Task, device: torch.device) -> list[Row]:
+    """Every criterion over a sweep of its number, exits only, on the same heads."""
+    L, C, shares = len(model.gates), len(task.labels), (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 0.95)
+    numbers = {"entropy": [share * math.log(C) for share in shares],
+               "probability": [1 - (1 - 1 / C) * share for share in shares],
+               "patience": range(1, L), "layer": range(1, L + 1), "oracle": [None]}
+    batches = pools(split, device)
+    return [measure(model, split, task, batches, Way("exit", number, name))
+            for name, values in numbers.items() for number in values]
 
+
+def at_cost(rows: list[Row], cost: float) -> float:
+    """The score at that share of plain's FLOPs, between two rows as if each took some of the examples; NaN outside."""
+    points = sorted((row.flops, row.score) for row in rows)
+    return float(np.interp(cost, *zip(*points), left=np.nan, right=np.nan))
+
+
+def criteria_table(rows: list[Row]) -> str:
+    """Score of every criterion at the same cost."""
+    costs = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    lines = ["exit criteria, score at the same FLOPs (share of plain BERT; no gates)",
+             "criterion    " + "".join(f"{cost:>8}" for cost in costs)]
+    for name in dict.fromkeys(row.criterion for row in rows if row.criterion != "oracle"):
+        values = [at_cost([row for row in rows if row.criterion == name], cost) for cost in costs]
+        lines.append(f"{name:<13}" + "".join(f"{'-' if math.isnan(v) else format(v, '.3f'):>8}" for v in values))
+    best = next(row for row in rows if row.criterion == "oracle")
+    return "\n".join(lines) + f"\nthe oracle reaches {best.score:.3f} at {best.flops:.3f}: no criterion can pass it"
+
+
+def summary(paths: list[str]) -> str:
+    """Mean and standard deviation over the seeds of a study, from the eval.json of its runs. Raises RunError."""
+    groups: dict[tuple, list[dict]] = {}
+    for path in paths:
+        try:
+            result = json.loads(Path(path).read_text())
+            settings = result["settings"]
+            what = [settings["method"]] + [f"--{name.replace('_', '-')}" for name in ("no_skipping", "no_contrast",
+                                                                                      "soft_gates") if settings[name]]
+            what += [f"--gate-bias {settings['gate_bias']:g}"] if settings["gate_bias"] != -2 else []
+            for row in result["rows"]:
+                if row["chosen"]:
+                    key = (f"{result['task']} {result['split']}{' (partial)' if result['partial'] else ''}",
+                           settings["weights"] or "", " ".join(what), row["mode"])
+                    groups.setdefault(key, []).append(row)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is no eval.json of this version: evaluate the run again")
+    lines = [f"{'data':<18} {'weights':<10} {'run':<26} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14}"]
+    for (task, weights, what, mode), rows in sorted(groups.items()):
+        cells = []
+        for name in ("score", "flops"):
+            values = [row[name] for row in rows]
+            spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        lines.append(f"{task:<18} {weights:<10} {what:<26} {mode:<6} {len(rows):>5} {cells[0]:>14} {cells[1]:>14}")
+    return "\n".join(lines)
+
+
+# --- A look inside ----------------------------------------------------------------------------------------------------
+
+def trace(model: SmartBert, task: Task, example: Split, way: Way, device: torch.device) -> str:
+    """One encoded example on its way: for each layer its gate, what became of it, the head's answer, the cost so far."""
+    batch = data.collate(example, [0]).to(device)
+    outcome, tokens = run(model, batch, way), batch.mask.sum(1)
+    layer, gate, head = layer_flops(model, tokens), companion_flops(model.gates[0], tokens), companion_flops(
+        model.heads[0], tokens)
+    bold, faint, end = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    lines, cost = ["layer   gate             what          answer of its head        entropy   FLOPs so far"], 0
+    for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0])):
+        if i >= outcome.exit[0]:
+            lines.append(f"{faint}{i + 1:>5}                    not reached{end}")
+            continue
+        asked, met = not g.isnan(), not answer[0].isnan()
+        cost = cost + gate * asked + layer * ran + head * met
+        left = i + 1 == outcome.exit[0] and way.mode in ("exit", "both") and i + 1 < len(model.gates)
+        what = "ran, left" if left else "ran" if ran else "skipped"
+        bar = f"{g:.2f} {'#' * round(10 * g.item()):<10}" if asked else " " * 15
+        said = (f"{task.labels[answer.argmax()]:>14} {answer.softmax(0).max():>4.0%} {entropy(answer):>17.3f}" if met
+                else " " * 37)
+        style = bold if left else faint if not ran else ""
+        lines.append(f"{style}{i + 1:>5}   {bar}  {what:<10} {said} {(cost / plain_flops(model, tokens)).item():>14.1%}"
+                     f"{end}")
+    answer = outcome.logits[0]
+    return "\n".join(lines + [f"answer: {task.labels[answer.argmax()]} ({answer.softmax(0).max():.0%}), "
+                              f"{int(outcome.ran.sum())} of {len(model.gates)} layers run; {way}"])
+
+
+def read_sentences(path: str, task: Task) -> Split:
+    """A sentence a line, the two of a pair with a tab between them; - is standard input. Raises DataError."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"{path} cannot be read as UTF-8 text: name a file with a sentence a line, or - for standard input")
+    return own_examples([tuple(line.rstrip("\r").split("\t")) for line in text.removesuffix("\n").split("\n")], task)
+
+
+def own_examples(texts: list[tuple[str, ...]], task: Task) -> Split:
+    """The user's own sentences or pairs as a split without labels. Raises DataError."""
+    wanted = 2 if task.columns and task.columns[1] is not None else 1
+    for number, text in enumerate(texts, 1):
+        if len(text) != wanted or not all(part.strip() for part in text):
+            raise DataError(f"example {number}: {task.name} takes {wanted} sentence{'s, a tab between them' * (wanted == 2)}"
+                            f"{'' * wanted}, and here are {sum(bool(part.strip()) for part in text)}")
+    return Split([(text[0], text[1] if wanted == 2 else None) for text in texts], [0] * len(texts))
+
+
+def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, metric: str) -> None:
+    """PNG files: score over FLOPs, skips and exits by layer, layers by example, the training; exit criteria where asked.
+    outcome: of the dev set, both gates and exits. Raises RunError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 14, "figure.figsize": (8, 5), "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
+                         "savefig.bbox": "tight"})
+    blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
+    style = {"plain": (gray, "s"), "skip": (green, "D"), "exit": (orange, "o"), "both": (blue, "^")}
+
+    def finish(axes, name: str, **labels) -> None:
+        axes.set(**labels)
+        axes.figure.savefig(folder / name)
+        plt.close(axes.figure)
+        print(f"wrote {folder / name}")
+
+    axes = plt.subplots()[1]
+    for mode, (colour, marker) in style.items():
+        points = sorted((row.flops, row.score) for row in rows if row.mode == mode)
+        if points:
+            axes.plot(*zip(*points), marker, color=colour, label=mode, ls="-", markersize=9)
+    axes.legend()
+    finish(axes, "score.png", xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, 1.05))
+
+    row = next((row for row in reversed(rows) if row.mode == "both" and row.chosen), rows[-1])
+    L, total = len(row.skip_rate), sum(row.exit_histogram)
+    axes, places = plt.subplots()[1], np.arange(1, L + 1)
+    axes.bar(places - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
+    axes.bar(places + 0.2, [n / total for n in row.exit_histogram], 0.4, color=blue, label="left after it")
+    axes.legend()
+    finish(axes, "layers.png", xlabel="layer", ylabel="share of examples", title=str(row.way), xticks=places, ylim=(0, 1))
+
+    # Each example a column, the cheapest first; 0 not reached, 1 skipped, 2 run, 3 run and left
+    left = outcome.exit[:, None] == torch.arange(1, L + 1)
+    reached = outcome.exit[:, None] >= torch.arange(1, L + 1)
+    picture = reached.int() + outcome.ran + (outcome.ran & left)
+    order = np.lexsort((outcome.exit.numpy(), outcome.ran.sum(1).numpy()))
+    axes = plt.subplots()[1]
+    colours = matplotlib.colors.ListedColormap(["white", "#F0E442", blue, "black"])
+    axes.imshow(picture[order].T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=3, origin="lower",
+                extent=(0, len(order), 0.5, L + 0.5))
+    axes.grid(False)
+    names = ("skipped", "run", "run, then left")
+    axes.legend(handles=[matplotlib.patches.Patch(facecolor=c, edgecolor="black", label=name)
+                         for c, name in zip(colours.colors[1:], names)], loc="upper left")
+    finish(axes, "examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=places,
+           title=str(row.way))
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 7))
+    places = np.arange(1, len(steps) + 1)
+    upper.plot(places, [line["loss"] for line in steps], color=blue)
+    upper.set(ylabel="loss")
+    border = sum(line["phase"] == 1 for line in steps) + 0.5
+    for axes in (upper, lower):
+        axes.axvline(border, color="black", ls="--")
+    upper.text(border, upper.get_ylim()[1], " phase 2", va="top")
+    gated = [(place, line["run"]) for place, line in zip(places, steps) if "run" in line]
+    if gated:
+        image = lower.imshow(np.array([runs for _, runs in gated]).T, aspect="auto", origin="lower", cmap="cividis", vmin=0,
+                             vmax=1, extent=(0.5, len(gated) + 0.5, 0.5, L + 0.5), interpolation="nearest")
+        figure.colorbar(image, ax=(upper, lower), label="share of examples that run the layer")
+    lower.grid(False)
+    finish(lower, "training.png", xlabel="training, in averages of 20 steps", ylabel="layer")
+
+    if others:
+        axes = plt.subplots()[1]
+        for (name, marker), colour in zip({"entropy": "o", "probability": "x", "patience": "D", "layer": "s", "oracle": "*"
+                                           }.items(), (blue, orange, green, gray, "black")):
+            points = sorted((row.flops, row.score) for row in others if row.criterion == name)
+            axes.plot(*zip(*points), marker, color=colour, label=name, ls="-" if name != "oracle" else "", markersize=9)
+        axes.legend()
+        finish(axes, "criteria.png", xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, 1.15))
+
+
+# --- From the command line --------------------------------------------------------------------------------------------
 
 def threshold_list(values: list[str]) -> list[float]:
     """Thresholds from the command line. Raises RunError for what is no number or below 0."""
@@ -221,55 +478,107 @@ def threshold_list(values: list[str]) -> list[float]:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Print the table of one run and write eval.json into its folder. Raises DataError, RunError."""
+    """Do what the command line asks with one run. Raises DataError, RunError."""
     device = pick_device(arguments.device)
     settings, model = load_run(arguments.run, device)
-    folder = Path(arguments.run).expanduser()
-    task = data.find_task(settings["task"])
+    folder, task = Path(arguments.run).expanduser(), data.find_task(settings["task"])
     L, C = len(model.gates), len(task.labels)
+    smart, skipping = settings["method"] == "smartbert", settings["method"] == "smartbert" and not settings["no_skipping"]
     # The default sweep: shares of the largest entropy that C classes can have.
     thresholds = threshold_list(arguments.thresholds) if arguments.thresholds else [
-        round(share * math.log(C), 3) for share in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
-    splits = data.load_task(task.name, arguments.data_dir or settings["data_dir"], settings["cache"])
+        round(share * math.log(C), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
     tokenizer = data.load_tokenizer(folder)
+
+    def encode(split: Split) -> Split:
+        return data.encode(tokenizer, split, settings["max_length"])
+
+    def best_way() -> Way:
+        """What --trace and --predict use: the threshold named, or the one chosen when the run was evaluated."""
+        mode = "both" if skipping else "exit" if smart else "plain"
+        if not smart:
+            return Way("plain")
+        if arguments.thresholds:
+            return Way(mode, thresholds[0])
+        path = folder / "eval.json"
+        rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+        return next((Way(mode, row["threshold"]) for row in rows if row["mode"] == mode and row.get("chosen")),
+                    Way(mode, round(0.2 * math.log(C), 3)))
+
+    if arguments.trace:
+        print(trace(model, task, encode(own_examples([tuple(arguments.trace)], task)), best_way(), device))
+        return
+    if arguments.predict:
+        split = encode(read_sentences(arguments.predict, task))
+        outcome = predict(model, pools(split, device), best_way())
+        for logits, layers in zip(outcome.logits, outcome.ran.sum(1).tolist()):
+            print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{layers}")
+        return
+    splits = {name: encode(split) for name, split in data.load_task(
+        task.name, arguments.data_dir or settings["data_dir"], settings["cache"]).items()}
+    if arguments.trace_examples:
+        split, way = splits[task.devs[0]], best_way()
+        order = predict(model, pools(split, device), way).ran.sum(1).argsort(stable=True).tolist()
+        for i in order[:arguments.trace_examples] + order[-arguments.trace_examples:]:
+            print("\n" + "  |  ".join(text for text in split.texts[i] if text) + f"   (label: {task.labels[split.labels[i]]})")
+            print(trace(model, task, split.select([i]), way, device))
+        return
+
+    training = splits["train"].select(range(min(settings["limit"] or len(splits["train"]), len(splits["train"]))))
+    held = data.hold_out(training, settings["held_out"], settings["seed"])[1]
+    ways = [Way("plain")] + [Way("skip")] * skipping
+    for mode in ("exit",) * smart + ("both",) * skipping:
+        ways += [Way(mode, threshold) for threshold in thresholds]
     for name in task.devs:
-        split = data.encode(tokenizer, splits[name], settings["max_length"])
-        smart = settings["method"] == "smartbert"
-        rows = sweep(model, split, task, thresholds, device, skipping=smart and not settings["no_skipping"],
-                     exiting=smart, batch_size=arguments.batch_size, repeats=arguments.repeats)
+        split = splits[name]
+        rows = sweep(model, split, held, task, ways, device, max_drop=arguments.max_drop,
+                     speedup=arguments.target_speedup, repeats=arguments.repeats)
         floor = data.majority(task, split.labels)[task.metrics[0]]
         partial = " (partial data: not the GLUE task)" if split.partial or splits["train"].partial else ""
         print(f"\n{task.name} {name}{partial}: {len(split)} examples, majority class {floor:.3f}\n")
         print(table(rows, task.metrics[0], L))
-        # Of the rows near the best, the cheapest is the one worth looking at.
-        near = [row for row in rows if row.score >= max(r.score for r in rows) - 0.01]
-        chosen = min(near, key=lambda row: row.flops)
-        show(chosen, f"{chosen.mode}{'' if chosen.threshold is None else f' at threshold {chosen.threshold:g}'}, "
-                     f"the cheapest row within .01 of the best score:")
+        chosen = next((row for row in reversed(rows) if row.chosen), rows[-1])
+        print(f"\n{chosen.way}:\n{bars(chosen)}")
         for warning in warnings(rows, floor):
             print(f"warning: {warning}")
+        others = criteria(model, split, task, device) if arguments.criteria and smart else []
+        if others:
+            print("\n" + criteria_table(others))
         # What the run was trained with, without the folders of one machine.
         recipe = {key: value for key, value in settings.items()
                   if key not in ("data_dir", "cache", "out", "device", "resume", "overwrite", "version")}
         recipe["weights"] = settings["weights"] and Path(settings["weights"]).name
         result = {"task": task.name, "split": name, "partial": bool(partial), "metric": task.metrics[0],
-                  "examples": len(split), "majority": floor, "layers": L, "device": device.type,
-                  "batch_size": arguments.batch_size, "settings": recipe, "rows": [vars(row) for row in rows]}
+                  "examples": len(split), "majority": floor, "layers": L, "device": device.type, "settings": recipe,
+                  "rows": [vars(row) for row in rows]} | ({"criteria": [vars(row) for row in others]} if others else {})
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
         data.write_json(path, result)
         print(f"\nwrote {path}")
+        if arguments.plot and name == task.devs[0]:
+            plot(folder, rows, others, predict(model, pools(split, device), chosen.way), task.metrics[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="the folder of a run that train.py made")
+    parser.add_argument("run", nargs="?", help="the folder of a run that train.py made")
     parser.add_argument("--thresholds", nargs="+", metavar="E", help="entropies below which an example leaves")
-    parser.add_argument("--data_dir", help="folder with GLUE's files; default: where the run was trained from")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows that a layer runs at once (default 32)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each row (default 3)")
+    parser.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS",
+                        help="choose the cheapest threshold that loses at most so much on held-out data (default 1)")
+    parser.add_argument("--target-speedup", type=float, metavar="X", help="choose the best threshold with so many times "
+                        "fewer FLOPs on held-out data instead")
+    parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
+    parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder (needs matplotlib)")
+    parser.add_argument("--trace", nargs="+", metavar="TEXT", help="show a sentence, or the two of a pair, layer by layer")
+    parser.add_argument("--trace-examples", type=int, metavar="N", help="show the N easiest and hardest of the dev set")
+    parser.add_argument("--predict", metavar="FILE", help="label, probability and layers run for each line; - for stdin")
+    parser.add_argument("--summary", nargs="+", metavar="JSON", help="mean and spread over the eval.json files of runs")
+    parser.add_argument("--data-dir", help="folder with GLUE's files; default: where the run was trained from")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each row, 0 for none (default 3)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    asked = parser.parse_args(arguments)
+    if not asked.run and not asked.summary:
+        parser.error("name the folder of a run, such as runs/toy")
     try:
-        evaluate(parser.parse_args(arguments))
+        print(summary(asked.summary)) if asked.summary else evaluate(asked)
     except (DataError, WeightsError, RunError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

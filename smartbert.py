@@ -224,21 +224,55 @@ def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labe
     return (1 - eta2) * task + eta2 * apart
 
 
-# --- Dynamic inference ------------------------------------------------------------------------------------------------
+# --- When to leave ------------------------------------------------------------------------------------------------------
 
-Criterion = Callable[[Tensor, Tensor, int], Tensor]     # logits (n, C), which rows of the pool (n,), layer -> leave? (n,)
+# history (n, i, C): the logits of the heads that n rows met after layers 1 .. i, NaN where a layer was skipped (never the
+# last, i); rows (n,): their places in the pool -> who leaves (n,). SmartBERT's is entropy; the others are its family.
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Natural-log entropy of softmax(logits), (B, C) -> (B,); 0 is certain, ln C is a guess (SmartBert.py:174-176)."""
+    """Natural-log entropy of softmax(logits), (..., C) -> (...); 0 is certain, ln C is a guess (SmartBert.py:174-176)."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def entropy_below(threshold: float) -> Criterion:
-    """The paper's criterion: leave when the entropy is strictly below the threshold."""
-    return lambda logits, rows, layer: entropy(logits) < threshold
+    """Leave when the entropy is strictly below the threshold (SmartBERT section 3; DeeBERT, Xin et al. 2020)."""
+    return lambda history, rows: entropy(history[:, -1]) < threshold
 
+
+def probability_above(threshold: float) -> Criterion:
+    """Leave when the likeliest class is likelier than the threshold (The Right Tool, Schwartz et al. 2020)."""
+    return lambda history, rows: history[:, -1].softmax(-1).amax(-1) > threshold
+
+
+def patience(times: int) -> Criterion:
+    """Leave when a head is the `times`-th in a row to repeat its predecessor's answer (PABEE, Zhou et al. 2020). A head
+    that was passed by has no say."""
+    def leave(history: Tensor, rows: Tensor) -> Tensor:
+        agreed = torch.zeros(len(history), dtype=torch.long, device=history.device)
+        last = torch.full_like(agreed, -1)
+        for logits in history.unbind(1):                                                # (n, C), layer after layer
+            met, answer = ~logits[:, 0].isnan(), logits.argmax(-1)
+            agreed = torch.where(met, torch.where(answer == last, agreed + 1, 0), agreed)
+            last = torch.where(met, answer, last)
+        return agreed >= times
+    return leave
+
+
+def fixed_layer(layer: int) -> Criterion:
+    """Everybody leaves at the first head from this layer (from 1) on: a shallower BERT, which asks nobody."""
+    return lambda history, rows: torch.full_like(rows, history.shape[1] >= layer, dtype=torch.bool)
+
+
+def first_correct(labels: Tensor) -> Criterion:
+    """The oracle: leave at the first head that is right. It looks at the labels (N,) of the pool, so it is no criterion
+    but the bound that none can pass with these heads."""
+    return lambda history, rows: history[:, -1].argmax(-1) == labels[rows]
+
+
+# --- Dynamic inference ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Outcome:
@@ -246,56 +280,66 @@ class Outcome:
     logits: Tensor      # (N, C)
     ran: Tensor         # (N, L) bool: the layers each row ran
     exit: Tensor        # (N,) long: the layer at which it left; L for those who reached the end
+    gates: Tensor       # (N, L): the gates it asked, NaN elsewhere
+    history: Tensor     # (N, L, C): the answers of the heads it met, NaN elsewhere
 
 
 @torch.inference_mode()
 def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: bool = True,
-          leave: Criterion | None = None, batch_size: int = 32) -> Outcome:
+          leave: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
     """Dynamic inference on a whole pool: at each layer only the rows that run it are computed.
 
     A batch that shrinks as its rows skip and leave soon computes two or three rows at a time, and the processor idles.
-    So the rows of a pool wait in front of a layer, and those that run it pass in full batches of like length.
+    So the rows of a pool wait in front of a layer, and those that run it pass in full batches of like length: full means
+    batch_tokens, so that long rows, of which few are alike, go in small batches with little padding.
 
     ids, types, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; leave: the
     criterion asked after every layer that ran, or None for no exits. Who is never sure takes the last head, also when
     the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
     """
-    N, L = len(ids), len(model.bert.layers)
+    N, L, device = len(ids), len(model.bert.layers), ids.device
     lengths = mask.sum(1).tolist()
-    ran = torch.zeros(N, L, dtype=torch.bool, device=ids.device)
-    exits = torch.full((N,), L, device=ids.device)
-    logits = torch.zeros(N, model.heads[-1].out.out_features, device=ids.device)
+    ran = torch.zeros(N, L, dtype=torch.bool, device=device)
+    exits = torch.full((N,), L, device=device)
+    gates = torch.full((N, L), torch.nan, device=device)
+    history = torch.full((N, L, model.heads[-1].out.out_features), torch.nan, device=device)
 
     def in_batches(rows: Tensor):
-        """rows (n,) of the pool -> pieces of at most batch_size rows, the tokens of the longest, and their mask."""
-        for piece in rows.split(batch_size) if len(rows) else ():
-            longest = max(lengths[row] for row in piece.tolist())
-            yield piece, longest, needed(mask[piece, :longest])
+        """rows (n,) of the pool -> pieces whose tokens, padding and all, fit batch_tokens (or of one row): the rows, the
+        length of the longest, their mask."""
+        order, start, longest = rows.tolist(), 0, 0
+        for end, row in enumerate(order):
+            if end > start and max(longest, lengths[row]) * (end - start + 1) > batch_tokens:
+                yield rows[start:end], longest, needed(mask[rows[start:end], :longest])
+                start, longest = end, 0
+            longest = max(longest, lengths[row])
+        if order:
+            yield rows[start:], longest, needed(mask[rows[start:], :longest])
 
-    waiting = torch.arange(N, device=ids.device)
+    waiting = torch.arange(N, device=device)
     # zeros: what stands in padding gets no weight in attention, but no weight times NaN would still be NaN
-    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=ids.device)      # (N, S, H)
+    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)          # (N, S, H)
     for rows, s, _ in in_batches(waiting):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], types[rows, :s])
     for i, layer in enumerate(model.bert.layers):
         run = waiting
         if skip and len(waiting):
             g = torch.cat([model.gates[i](h[rows, :s], m) for rows, s, m in in_batches(waiting)])
+            gates[waiting, i] = g.float()
             run = waiting[g < 0.5]
         for rows, s, m in in_batches(run):
             out = layer(h[rows, :s], m)                                                 # (n, s, H)
             h[rows, :s] = out
             ran[rows, i] = True
             if leave is not None or i == L - 1:
-                answers, _ = model.heads[i](out, m)
-                logits[rows] = answers
+                history[rows, i] = model.heads[i](out, m)[0].float()
                 if leave is not None and i < L - 1:
-                    exits[rows[leave(answers, rows, i + 1)]] = i + 1
+                    exits[rows[leave(history[rows, :i + 1], rows)]] = i + 1
         waiting = waiting[exits[waiting] == L]
     # Whoever skipped the last layer has not met the last head yet.
     for rows, s, m in in_batches(waiting[~ran[waiting, -1]]):
-        logits[rows], _ = model.heads[-1](h[rows, :s], m)
-    return Outcome(logits, ran, exits)
+        history[rows, -1] = model.heads[-1](h[rows, :s], m)[0].float()
+    return Outcome(history[torch.arange(N, device=device), exits - 1], ran, exits, gates, history)
 
 
 # --- Cost -------------------------------------------------------------------------------------------------------------
@@ -316,21 +360,11 @@ def companion_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
     return 2 * tokens * (H * W + 2 * W * W) + 2 * W * W + 4 * tokens * W + outputs
 
 
-def flops(model: SmartBert, tokens: Tensor, outcome: Outcome, *, skip: bool, exits: bool) -> Tensor:
-    """FLOPs of each row of a pool as it went: layers run, gates asked, heads asked. tokens (N,) real -> (N,).
-
-    Plain BERT is the same with every layer run, no gate and the last head: `plain_flops`.
-    """
-    L = outcome.ran.shape[1]
-    gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
-    total = layer_flops(model, tokens) * outcome.ran.sum(1)
-    if skip:
-        total = total + gate * outcome.exit                 # asked at every layer up to the one it left at
-    reached_end = outcome.exit == L
-    heads_met = outcome.ran.sum(1) if exits else torch.zeros_like(tokens)
-    # the last head, once: those who ran the last layer met it there, but only if heads are asked at all
-    extra = reached_end & ~(outcome.ran[:, -1] & torch.tensor(exits))
-    return total + head * (heads_met + extra)
+def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
+    """FLOPs of each row of a pool as it went: layers run, gates asked, heads met. tokens (N,) real -> (N,)."""
+    gates, heads = (~outcome.gates.isnan()).sum(1), (~outcome.history[:, :, 0].isnan()).sum(1)
+    return (layer_flops(model, tokens) * outcome.ran.sum(1) + companion_flops(model.gates[0], tokens) * gates
+            + companion_flops(model.heads[0], tokens) * heads)
 
 
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python train.py                                                        # the toy task, offline, to runs/toy
     python train.py --task rte --weights google-bert/bert-base-uncased     # GLUE and weights are downloaded once
-    python train.py --task cola --weights ~/e5-small --data_dir ~/glue     # or come from folders of yours
+    python train.py --task cola --weights ~/e5-small --data-dir ~/glue     # or come from folders of yours
     python train.py --task cola --weights ~/e5-small --method bert         # the baseline
 
 Phase 1 trains backbone, gates, last head and projections; phase 2 freezes them and trains the other heads (the paper's
@@ -29,7 +29,7 @@ import eval as evaluation
 from bert import Bert, BertConfig, WeightsError, load_bert
 from data import DataError
 from eval import RunError
-from smartbert import SmartBert, budget_push, entropy_below, lambda_push, phase1_loss, phase2_loss
+from smartbert import SmartBert, budget_push, lambda_push, phase1_loss, phase2_loss
 
 
 def flag(default, help: str):
@@ -100,7 +100,7 @@ def check(settings: Settings) -> None:
         for name in names.split():
             value = getattr(settings, name)
             if value is not None and not low <= value <= high:
-                raise RunError(f"--{name} {value}: give a number from {low:g} to {high:g}")
+                raise RunError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
 
 
 def build_model(settings: Settings, folder: Path | None, vocabulary: int, classes: int) -> SmartBert:
@@ -117,7 +117,7 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, classe
         raise DataError(f"{folder}: vocab.txt has {vocabulary} words, but the weights have {bert.config.vocab_size}: "
                         f"they do not belong together")
     if settings.max_length > bert.config.max_position_embeddings:
-        raise DataError(f"--max_length {settings.max_length} is more than the {bert.config.max_position_embeddings} "
+        raise DataError(f"--max-length {settings.max_length} is more than the {bert.config.max_position_embeddings} "
                         f"positions of these weights")
     # No skipping: gates that are shut for good, so that the rest of the code need not know.
     return SmartBert(bert, classes, -30.0 if settings.no_skipping else settings.gate_bias)
@@ -198,10 +198,10 @@ def observe(model: SmartBert, watched: dict, settings: Settings, phase: int) -> 
     """Scores and layers run on every watched split: by the gates alone in phase 1, with exits in phase 2."""
     task = data.find_task(settings.task)
     skip = settings.method == "smartbert" and not settings.no_skipping
-    leave = entropy_below(0.5 * math.log(len(task.labels))) if phase == 2 else None
-    line = {}
+    mode = ("both" if skip else "exit") if phase == 2 else "skip" if skip else "plain"
+    way, line = evaluation.Way(mode, 0.5 * math.log(len(task.labels))), {}
     for name, (split, pools) in watched.items():
-        outcome = evaluation.predict(model, pools, skip=skip, leave=leave)
+        outcome = evaluation.predict(model, pools, way)
         line[name] = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
         line[f"{name} layers"] = outcome.ran.sum(1).float().mean().item()
     return line
@@ -325,9 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(f.type, type):
             kind = f.type
         if kind is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
+            parser.add_argument("--" + f.name.replace("_", "-"), action="store_true", help=f.metadata["help"])
         else:
-            parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"])
+            parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f.metadata["help"])
     first, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**RECIPES.get(first.task, {}))
     settings = Settings(**vars(parser.parse_args(arguments)))

@@ -1,7 +1,7 @@
 """How fast: every ratio side by side in one process, in turn, the median of several rounds.
 
-    python tests/bench.py --weights FOLDER --data_dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
-    python tests/bench.py --weights FOLDER --data_dir FOLDER --json bench.json --run runs/sst2
+    python tests/bench.py --weights FOLDER --data-dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
+    python tests/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --run runs/sst2
 
 Hugging Face's transformers is the peer where it is installed; without it those rows are left out. A ratio above 1 means that
 ours is faster. With --run, a trained run's dynamic inference: its speed-up in seconds over its speed-up in FLOPs.
@@ -54,7 +54,7 @@ def peer_of(folder: Path, classes: int, device):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", required=True, help="folder with a pre-trained BERT")
-    parser.add_argument("--data_dir", required=True, help="folder with GLUE's RTE and SST-2")
+    parser.add_argument("--data-dir", required=True, help="folder with GLUE's RTE and SST-2")
     parser.add_argument("--run", help="a finished run, for dynamic inference")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")

@@ -131,7 +131,7 @@ def test_dynamic_inference(model, threshold, skip):
     """The whole batch at once gives what the release gives one example at a time: logits, skipped layers, exit layer."""
     (ids, types, mask), _ = inputs("padded")
     where = f"infer/threshold_{threshold}/{'skip' if skip else 'noskip'}"
-    outcome = infer(model.eval(), ids, types, mask, skip=skip, leave=entropy_below(float(threshold)), batch_size=3)
+    outcome = infer(model.eval(), ids, types, mask, skip=skip, leave=entropy_below(float(threshold)), batch_tokens=30)
     close(outcome.logits, expected(f"{where}/logits"))
     assert torch.equal(outcome.exit, expected(f"{where}/exit"))
     reached = torch.arange(1, 6) <= outcome.exit[:, None]

@@ -11,48 +11,63 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from smartbert import (ClsAttention, Outcome, SmartBert, budget_push, companion_flops, contrast, entropy, entropy_below,
-                       flops, gated_walk, hard_weight, infer, lambda_push, layer_flops, phase1_loss, phase2_loss,
-                       plain_flops, width)
+                       first_correct, fixed_layer, flops, gated_walk, hard_weight, infer, lambda_push, layer_flops,
+                       patience, phase1_loss, phase2_loss, plain_flops, probability_above, width)
 
 
-def one_by_one(model: SmartBert, ids, types, mask, skip: bool, threshold: float | None) -> Outcome:
-    """The method as the paper tells it: one example, one layer after the other."""
-    L = len(model.gates)
-    logits, ran, exits = [], torch.zeros(len(ids), L, dtype=torch.bool), torch.full((len(ids),), L)
-    for row in range(len(ids)):
+def one_by_one(model: SmartBert, ids, types, mask, skip: bool, decide) -> Outcome:
+    """The method as the paper tells it: one example, one layer after the other. decide: from the list of the
+    probabilities that the row's heads gave so far, layer and row -> leave?"""
+    L, N = len(model.gates), len(ids)
+    logits, ran, exits = [], torch.zeros(N, L, dtype=torch.bool), torch.full((N,), L)
+    gates, history = torch.full((N, L), torch.nan), torch.full((N, L, 3), torch.nan)
+    for row in range(N):
         S = int(mask[row].sum())
-        h, answer = model.bert.embeddings(ids[row:row + 1, :S], types[row:row + 1, :S]), None
+        h, met = model.bert.embeddings(ids[row:row + 1, :S], types[row:row + 1, :S]), []
         for i in range(L):
-            if skip and model.gates[i](h, None).item() >= 0.5:
-                continue
+            if skip:
+                gates[row, i] = model.gates[i](h, None).item()
+                if gates[row, i] >= 0.5:
+                    continue
             h = model.bert.layers[i](h, None)
             ran[row, i] = True
-            p = model.heads[i](h, None)[0].softmax(-1)[0]
-            if threshold is not None and i < L - 1 and -sum(x * math.log(x) for x in p.tolist()) < threshold:
-                exits[row], answer = i + 1, model.heads[i](h, None)[0]
+            if decide is None:
+                continue
+            answer = model.heads[i](h, None)[0]
+            history[row, i] = answer[0]
+            met.append(answer.softmax(-1)[0].tolist())
+            if i < L - 1 and decide(met, i + 1, row):
+                exits[row] = i + 1
                 break
-        logits.append(model.heads[-1](h, None)[0] if answer is None else answer)
-    return Outcome(torch.cat(logits), ran, exits)
+        else:
+            answer = model.heads[-1](h, None)[0]
+            history[row, -1] = answer[0]
+        logits.append(answer)
+    return Outcome(torch.cat(logits), ran, exits, gates, history)
+
+
+def unsure_below(threshold):
+    return lambda met, layer, row: -sum(x * math.log(x) for x in met[-1]) < threshold
 
 
 def assert_same(ours: Outcome, theirs: Outcome) -> None:
     assert torch.equal(ours.ran, theirs.ran)
     assert torch.equal(ours.exit, theirs.exit)
-    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    for name in ("logits", "gates", "history"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("threshold", [None, 0.3, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("batch_tokens", [1, 40, 999])
 @torch.no_grad()
-def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_size):
+def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_tokens):
     """Logits, layers run and exit layer of every row equal the one-example-at-a-time reference."""
     model, batch = tiny_model(seed), tiny_batch(seed, rows=11)
     leave = None if threshold is None else entropy_below(threshold)
-    ours = infer(model, *batch, skip=skip, leave=leave, batch_size=batch_size)
-    theirs = one_by_one(model, *batch, skip, threshold)
-    assert_same(ours, theirs)
+    ours = infer(model, *batch, skip=skip, leave=leave, batch_tokens=batch_tokens)
+    assert_same(ours, one_by_one(model, *batch, skip, None if threshold is None else unsure_below(threshold)))
     if skip and threshold is None:
         assert 0 < ours.ran.float().mean() < 1          # or this test would show little
     if threshold == 2.0:                                # above ln C everybody leaves: the pool empties early
@@ -62,7 +77,7 @@ def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_size
 @torch.no_grad()
 def test_without_gates_and_exits_it_is_the_plain_encoder():
     model, batch = tiny_model(), tiny_batch()
-    outcome = infer(model, *batch, skip=False, leave=None, batch_size=4)
+    outcome = infer(model, *batch, skip=False, leave=None, batch_tokens=40)
     torch.testing.assert_close(outcome.logits, model(*batch), rtol=1e-4, atol=1e-5)
     assert outcome.ran.all() and (outcome.exit == 5).all()
 
@@ -77,9 +92,35 @@ def test_layers_that_nobody_runs(shut):
         gate.out.bias.fill_(5.0 if i in shut else -5.0)
     for threshold in (None, 0.7):
         leave = None if threshold is None else entropy_below(threshold)
-        outcome = infer(model, *batch, leave=leave, batch_size=4)
-        assert_same(outcome, one_by_one(model, *batch, True, threshold))
+        outcome = infer(model, *batch, leave=leave, batch_tokens=40)
+        assert_same(outcome, one_by_one(model, *batch, True, None if threshold is None else unsure_below(threshold)))
         assert not outcome.ran[:, shut].any()
+
+
+def argmax(p: list[float]) -> int:
+    return p.index(max(p))
+
+
+LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2]
+CRITERIA = {         # ours, and the same in words for one row
+    "probability": (probability_above(0.42), lambda met, layer, row: max(met[-1]) > 0.42),
+    "patience 1": (patience(1), lambda met, layer, row: len(met) > 1 and argmax(met[-1]) == argmax(met[-2])),
+    "patience 2": (patience(2), lambda met, layer, row: len(met) > 2 and len({argmax(p) for p in met[-3:]}) == 1),
+    "layer": (fixed_layer(3), lambda met, layer, row: layer >= 3),
+    "oracle": (first_correct(torch.tensor(LABELS)), lambda met, layer, row: argmax(met[-1]) == LABELS[row])}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("skip", [True, False])
+@torch.no_grad()
+def test_criteria(name, skip):
+    left = set()
+    for seed in range(4):
+        model, batch, (ours, theirs) = tiny_model(seed), tiny_batch(seed), CRITERIA[name]
+        outcome = infer(model, *batch, skip=skip, leave=ours, batch_tokens=40)
+        assert_same(outcome, one_by_one(model, *batch, skip, theirs))
+        left |= set(outcome.exit.tolist())
+    assert min(left) < 5                                    # or this test would show nothing
 
 
 def test_only_the_cls_query_is_needed():
@@ -196,7 +237,7 @@ def test_cost_is_what_torch_counts():
             for leave in (None, entropy_below(0.8)):
                 ask = dict(skip=skip, leave=leave)
                 outcome = infer(model, *one, **ask)
-                assert flops(model, tokens, outcome, skip=skip, exits=leave is not None).item() == counted(
+                assert flops(model, tokens, outcome).item() == counted(
                     lambda: infer(model, *one, **ask))
 
 

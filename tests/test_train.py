@@ -16,7 +16,7 @@ import train
 
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch_size", "16", "--dropout", "0.1", "--device", "cpu"]
+SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch-size", "16", "--dropout", "0.1", "--device", "cpu"]
 
 
 def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -131,8 +131,8 @@ def test_evaluation_writes_what_it_prints(finished, capsys):
 def test_plain_bert_and_ablations_run(tmp_path, capsys):
     """The baseline and each ablation train and evaluate."""
     tiny = ["--limit", "60", "--epochs1", "1", "--epochs2", "1", "--device", "cpu"]
-    for name, flags in (("bert", ["--method", "bert"]), ("none", ["--no_skipping"]), ("soft", ["--soft_gates"]),
-                        ("far", ["--no_contrast", "--lam", "0.04", "--gate_bias", "0"])):
+    for name, flags in (("bert", ["--method", "bert"]), ("none", ["--no-skipping"]), ("soft", ["--soft-gates"]),
+                        ("far", ["--no-contrast", "--lam", "0.04", "--gate-bias", "0"])):
         out = tmp_path / name
         train.main([*tiny, *flags, "--out", str(out)])
         evaluation.main([str(out), "--repeats", "1", "--thresholds", "0.5", "--device", "cpu"])
@@ -160,8 +160,8 @@ def test_bad_input_of_training(tmp_path):
             (["--epochs1", "0"], ["epochs1", "from 1"]),
             (["--budget", "2"], ["budget", "2", "to 1"]),
             (["--lr", "nan"], ["lr"]),
-            (["--max_length", "4000"], ["4000", "128"]),
-            (["--max_length", "3"], ["3"]),
+            (["--max-length", "4000"], ["4000", "128"]),
+            (["--max-length", "3"], ["3"]),
             (["--device", "tpu"], ["tpu", "cpu"])):
         refused(run("train.py", *arguments, "--out", "run", cwd=tmp_path), *words)
     if not torch.cuda.is_available():
