@@ -33,8 +33,8 @@ from torch import Tensor
 import data
 from bert import Bert, BertConfig, WeightsError
 from data import Batch, DataError, Split, Task
-from smartbert import (Criterion, Outcome, SmartBert, companion_flops, entropy, entropy_below, first_correct, fixed_layer,
-                       flops, infer, layer_flops, patience, plain_flops, probability_above)
+from smartbert import (Criterion, Outcome, SmartBert, entropy_below, first_correct, fixed_layer, flops, infer, patience,
+                       plain_flops, probability_above, trace)
 
 VERSION = 1             # of the files in a run's folder; another number means another layout
 POOL = 1024             # rows that wait at a layer together: enough for full batches, little enough for memory
@@ -94,7 +94,7 @@ CRITERIA: dict[str, Callable[[float, Tensor], Criterion]] = {
     "oracle": lambda number, labels: first_correct(labels)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Way:
     """One way to run a model. mode: plain, skip, exit or both; threshold: the number its exit criterion takes."""
     mode: str
@@ -108,7 +108,7 @@ class Way:
     def leave(self, labels: Tensor) -> Criterion | None:
         return CRITERIA[self.criterion](self.threshold, labels) if self.mode in ("exit", "both") else None
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:       # of rows, too
         return self.mode if self.threshold is None else f"{self.mode} at threshold {self.threshold:g}"
 
 
@@ -132,26 +132,19 @@ def predict(model: SmartBert, batches: list[Batch], way: Way) -> Outcome:
     return Outcome(*(torch.cat([getattr(part, f.name) for part in parts]).cpu()[order] for f in fields(Outcome)))
 
 
-@dataclass
-class Row:
-    """One line of the table. layers: run on average; flops: share of plain's; seconds: for the whole split."""
-    mode: str
-    threshold: float | None
-    criterion: str
+@dataclass(kw_only=True)
+class Row(Way):
+    """A way and what it gave: one line of the table."""
     score: float
-    layers: float
-    flops: float
-    seconds: float
+    scores: dict[str, float]        # all of the task's metrics; score is the first
+    layers: float                   # run on average
+    flops: float                    # share of plain's
+    seconds: float = 0.0            # for the whole split
     skip_rate: list[float]          # share of the rows that reached layer i and skipped it
     exit_histogram: list[int]       # rows that left at layer i; the last counts all who reached the end
-    scores: dict[str, float]
-    levels: list[dict] | None
+    levels: list[dict] | None       # of the toy: examples, accuracy, layers of each level
     held_out: float | None = None   # the score on the held-out part of the training set,
     chosen: bool = False            # by which this row was chosen among those of its mode
-
-    @property
-    def way(self) -> Way:
-        return Way(self.mode, self.threshold, self.criterion)
 
 
 def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], way: Way) -> Row:
@@ -172,10 +165,10 @@ def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], wa
                    "accuracy": (predictions == labels)[each == level].float().mean().item(),
                    "layers": outcome.ran.sum(1)[each == level].float().mean().item()}
                   for level in sorted(set(split.levels))]
-    return Row(way.mode, way.threshold, way.criterion, next(iter(scores.values())),
-               outcome.ran.sum(1).float().mean().item(),
-               (flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()).item(), 0.0,
-               skipped.tolist(), outcome.exit.bincount(minlength=L + 1)[1:].tolist(), scores, levels)
+    share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
+    return Row(**vars(way), score=next(iter(scores.values())), scores=scores, flops=share.item(), levels=levels,
+               layers=outcome.ran.sum(1).float().mean().item(), skip_rate=skipped.tolist(),
+               exit_histogram=outcome.exit.bincount(minlength=L + 1)[1:].tolist())
 
 
 def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], repeats: int = 3) -> None:
@@ -183,7 +176,7 @@ def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], repeats: 
     def once(row: Row) -> float:
         start = time.perf_counter()
         for batch in batches:
-            run(model, batch, row.way)
+            run(model, batch, row)
         if batches[0].ids.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -219,16 +212,15 @@ def choose(rows: list[Row], max_drop: float, speedup: float | None = None) -> li
     exits; or, for a target speed-up in FLOPs, the best score among those that reach it. Where none does: the best score,
     or the cheapest."""
     floor, taken = max(row.score for row in rows if row.mode in ("plain", "skip")) - max_drop / 100, []
-    for mode in ("plain", "skip", "exit", "both"):
+    for mode in dict.fromkeys(row.mode for row in rows):
         ours = [i for i, row in enumerate(rows) if row.mode == mode]
-        if speedup is None:
-            enough = [i for i in ours if rows[i].score >= floor]
-            taken += [min(enough, key=lambda i: rows[i].flops) if enough else max(ours, key=lambda i: rows[i].score)
-                      ] if ours else []
+        cost, score = (lambda i: rows[i].flops), (lambda i: rows[i].score)
+        if speedup:
+            enough = [i for i in ours if cost(i) <= 1 / speedup]
+            taken.append(max(enough, key=score) if enough else min(ours, key=cost))
         else:
-            enough = [i for i in ours if rows[i].flops <= 1 / speedup]
-            taken += [max(enough, key=lambda i: rows[i].score) if enough else min(ours, key=lambda i: rows[i].flops)
-                      ] if ours else []
+            enough = [i for i in ours if score(i) >= floor]
+            taken.append(min(enough, key=cost) if enough else max(ours, key=score))
     return taken
 
 
@@ -244,7 +236,7 @@ def warnings(rows: list[Row], floor: float) -> list[str]:
             layer = row.exit_histogram.index(max(row.exit_histogram)) + 1
             found.append(f"at threshold {row.threshold:g} every example leaves at layer {layer}: it is too high")
         if row.score <= floor:
-            found.append(f"{row.way}: the score is no better than always answering the majority class ({floor:.3f})")
+            found.append(f"{row}: the score is no better than always answering the majority class ({floor:.3f})")
     exits = [row for row in rows if row.mode == "exit"]
     if exits and all(sum(row.exit_histogram[:-1]) == 0 for row in exits):
         found.append("nobody ever exits early: the thresholds are too low")
@@ -338,50 +330,23 @@ def summary(paths: list[str]) -> str:
 
 # --- A look inside ----------------------------------------------------------------------------------------------------
 
-def trace(model: SmartBert, task: Task, example: Split, way: Way, device: torch.device) -> str:
-    """One encoded example on its way: for each layer its gate, what became of it, the head's answer, the cost so far."""
-    batch = data.collate(example, [0]).to(device)
-    outcome, tokens = run(model, batch, way), batch.mask.sum(1)
-    layer, gate, head = layer_flops(model, tokens), companion_flops(model.gates[0], tokens), companion_flops(
-        model.heads[0], tokens)
-    bold, faint, end = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-    lines, cost = ["layer   gate             what          answer of its head        entropy   FLOPs so far"], 0
-    for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0])):
-        if i >= outcome.exit[0]:
-            lines.append(f"{faint}{i + 1:>5}                    not reached{end}")
-            continue
-        asked, met = not g.isnan(), not answer[0].isnan()
-        cost = cost + gate * asked + layer * ran + head * met
-        left = i + 1 == outcome.exit[0] and way.mode in ("exit", "both") and i + 1 < len(model.gates)
-        what = "ran, left" if left else "ran" if ran else "skipped"
-        bar = f"{g:.2f} {'#' * round(10 * g.item()):<10}" if asked else " " * 15
-        said = (f"{task.labels[answer.argmax()]:>14} {answer.softmax(0).max():>4.0%} {entropy(answer):>17.3f}" if met
-                else " " * 37)
-        style = bold if left else faint if not ran else ""
-        lines.append(f"{style}{i + 1:>5}   {bar}  {what:<10} {said} {(cost / plain_flops(model, tokens)).item():>14.1%}"
-                     f"{end}")
-    answer = outcome.logits[0]
-    return "\n".join(lines + [f"answer: {task.labels[answer.argmax()]} ({answer.softmax(0).max():.0%}), "
-                              f"{int(outcome.ran.sum())} of {len(model.gates)} layers run; {way}"])
+def own_examples(texts: list[list[str]], task: Task) -> Split:
+    """The user's own sentences, or pairs, as a split without labels. Raises DataError."""
+    pair = bool(task.columns) and task.columns[1] is not None
+    for number, text in enumerate(texts, 1):
+        if len(text) != 1 + pair or not all(part.strip() for part in text):
+            raise DataError(f"example {number} is {' | '.join(text)!r}, but {task.name} takes "
+                            f"{'two sentences, in a file with a tab between them' if pair else 'one sentence'}")
+    return Split([(text[0], text[1] if pair else None) for text in texts], [0] * len(texts))
 
 
-def read_sentences(path: str, task: Task) -> Split:
+def read_examples(path: str) -> list[list[str]]:
     """A sentence a line, the two of a pair with a tab between them; - is standard input. Raises DataError."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{path} cannot be read as UTF-8 text: name a file with a sentence a line, or - for standard input")
-    return own_examples([tuple(line.rstrip("\r").split("\t")) for line in text.removesuffix("\n").split("\n")], task)
-
-
-def own_examples(texts: list[tuple[str, ...]], task: Task) -> Split:
-    """The user's own sentences or pairs as a split without labels. Raises DataError."""
-    wanted = 2 if task.columns and task.columns[1] is not None else 1
-    for number, text in enumerate(texts, 1):
-        if len(text) != wanted or not all(part.strip() for part in text):
-            raise DataError(f"example {number}: {task.name} takes {wanted} sentence{'s, a tab between them' * (wanted == 2)}"
-                            f"{'' * wanted}, and here are {sum(bool(part.strip()) for part in text)}")
-    return Split([(text[0], text[1] if wanted == 2 else None) for text in texts], [0] * len(texts))
+    return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
 
 
 def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, metric: str) -> None:
@@ -394,7 +359,7 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 14, "figure.figsize": (8, 5), "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
-                         "savefig.bbox": "tight"})
+                         "savefig.bbox": "tight", "axes.axisbelow": True})
     blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
     style = {"plain": (gray, "s"), "skip": (green, "D"), "exit": (orange, "o"), "both": (blue, "^")}
 
@@ -418,7 +383,7 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
     axes.bar(places - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
     axes.bar(places + 0.2, [n / total for n in row.exit_histogram], 0.4, color=blue, label="left after it")
     axes.legend()
-    finish(axes, "layers.png", xlabel="layer", ylabel="share of examples", title=str(row.way), xticks=places, ylim=(0, 1))
+    finish(axes, "layers.png", xlabel="layer", ylabel="share of examples", title=str(row), xticks=places, ylim=(0, 1))
 
     # Each example a column, the cheapest first; 0 not reached, 1 skipped, 2 run, 3 run and left
     left = outcome.exit[:, None] == torch.arange(1, L + 1)
@@ -434,25 +399,20 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
     axes.legend(handles=[matplotlib.patches.Patch(facecolor=c, edgecolor="black", label=name)
                          for c, name in zip(colours.colors[1:], names)], loc="upper left")
     finish(axes, "examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=places,
-           title=str(row.way))
+           title=str(row))
 
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "step" in line]
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 7))
-    places = np.arange(1, len(steps) + 1)
-    upper.plot(places, [line["loss"] for line in steps], color=blue)
-    upper.set(ylabel="loss")
-    border = sum(line["phase"] == 1 for line in steps) + 0.5
-    for axes in (upper, lower):
-        axes.axvline(border, color="black", ls="--")
-    upper.text(border, upper.get_ylim()[1], " phase 2", va="top")
-    gated = [(place, line["run"]) for place, line in zip(places, steps) if "run" in line]
-    if gated:
-        image = lower.imshow(np.array([runs for _, runs in gated]).T, aspect="auto", origin="lower", cmap="cividis", vmin=0,
-                             vmax=1, extent=(0.5, len(gated) + 0.5, 0.5, L + 0.5), interpolation="nearest")
-        figure.colorbar(image, ax=(upper, lower), label="share of examples that run the layer")
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"step"' in line]
+    gated, end = [line["run"] for line in steps if "run" in line], len(steps) + 0.5
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
+    upper.plot(np.arange(1, end), [line["loss"] for line in steps], color=blue)
+    upper.set(ylabel="loss", title="phase 1, then (dashed) phase 2")
+    image = lower.imshow(np.array(gated).T, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1,
+                         interpolation="nearest", extent=(0.5, len(gated) + 0.5, 0.5, L + 0.5))
+    figure.colorbar(image, ax=lower, location="bottom", label="share of examples that run the layer")
     lower.grid(False)
-    finish(lower, "training.png", xlabel="training, in averages of 20 steps", ylabel="layer")
+    for axes in (upper, lower):
+        axes.axvline(len(gated) + 0.5, color="black", ls="--")
+    finish(lower, "training.png", xlabel="training, in averages of 20 steps", ylabel="layer", xlim=(0.5, end), yticks=places)
 
     if others:
         axes = plt.subplots()[1]
@@ -492,23 +452,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
     def encode(split: Split) -> Split:
         return data.encode(tokenizer, split, settings["max_length"])
 
+    def show(example: Split, way: Way) -> None:
+        batch = data.collate(example, [0]).to(device)
+        print(trace(model, batch.mask.sum(1), run(model, batch, way), task.labels, sys.stdout.isatty()) + f"; {way}")
+
     def best_way() -> Way:
         """What --trace and --predict use: the threshold named, or the one chosen when the run was evaluated."""
-        mode = "both" if skipping else "exit" if smart else "plain"
-        if not smart:
-            return Way("plain")
-        if arguments.thresholds:
-            return Way(mode, thresholds[0])
-        path = folder / "eval.json"
+        mode, path = "both" if skipping else "exit" if smart else "plain", folder / "eval.json"
         rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-        return next((Way(mode, row["threshold"]) for row in rows if row["mode"] == mode and row.get("chosen")),
-                    Way(mode, round(0.2 * math.log(C), 3)))
+        chosen = [row["threshold"] for row in rows if row["mode"] == mode and row.get("chosen")]
+        threshold = thresholds[0] if arguments.thresholds or not chosen else chosen[0]
+        return Way(mode, threshold if smart else None)
 
     if arguments.trace:
-        print(trace(model, task, encode(own_examples([tuple(arguments.trace)], task)), best_way(), device))
+        show(encode(own_examples([arguments.trace], task)), best_way())
         return
     if arguments.predict:
-        split = encode(read_sentences(arguments.predict, task))
+        split = encode(own_examples(read_examples(arguments.predict), task))
         outcome = predict(model, pools(split, device), best_way())
         for logits, layers in zip(outcome.logits, outcome.ran.sum(1).tolist()):
             print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{layers}")
@@ -519,8 +479,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         split, way = splits[task.devs[0]], best_way()
         order = predict(model, pools(split, device), way).ran.sum(1).argsort(stable=True).tolist()
         for i in order[:arguments.trace_examples] + order[-arguments.trace_examples:]:
-            print("\n" + "  |  ".join(text for text in split.texts[i] if text) + f"   (label: {task.labels[split.labels[i]]})")
-            print(trace(model, task, split.select([i]), way, device))
+            print(f"\nlabel {task.labels[split.labels[i]]}: {' | '.join(text for text in split.texts[i] if text)}")
+            show(split.select([i]), way)
         return
 
     training = splits["train"].select(range(min(settings["limit"] or len(splits["train"]), len(splits["train"]))))
@@ -537,7 +497,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"\n{task.name} {name}{partial}: {len(split)} examples, majority class {floor:.3f}\n")
         print(table(rows, task.metrics[0], L))
         chosen = next((row for row in reversed(rows) if row.chosen), rows[-1])
-        print(f"\n{chosen.way}:\n{bars(chosen)}")
+        print(f"\n{chosen}:\n{bars(chosen)}")
         for warning in warnings(rows, floor):
             print(f"warning: {warning}")
         others = criteria(model, split, task, device) if arguments.criteria and smart else []
@@ -554,7 +514,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         data.write_json(path, result)
         print(f"\nwrote {path}")
         if arguments.plot and name == task.devs[0]:
-            plot(folder, rows, others, predict(model, pools(split, device), chosen.way), task.metrics[0])
+            plot(folder, rows, others, predict(model, pools(split, device), chosen), task.metrics[0])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -370,3 +370,26 @@ def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
     return layer_flops(model, tokens) * len(model.bert.layers) + companion_flops(model.heads[-1], tokens)
+
+
+# --- One example on its way -------------------------------------------------------------------------------------------
+
+def trace(model: SmartBert, tokens: Tensor, outcome: Outcome, labels: tuple[str, ...], colour: bool = False) -> str:
+    """The way of the one row of an outcome as text: for each layer its gate, what became of it, the answer and the
+    entropy (in nats) of its head, the FLOPs so far as a share of plain BERT's. tokens (1,); labels: the classes' names."""
+    layer, total = layer_flops(model, tokens), plain_flops(model, tokens)
+    gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
+    lines, cost = ["layer   gate               what         head's answer          entropy   FLOPs so far"], 0
+    for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0]), 1):
+        asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] < len(model.gates)
+        cost = cost + asked * gate + ran * layer + met * head
+        bar = f"{g:.2f} {'#' * round(10 * g.item())}" if asked else ""
+        what = "not reached" if i > outcome.exit[0] else "ran, left" if left else "ran" if ran else "skipped"
+        said = f"{labels[answer.argmax()]:<14} {answer.softmax(0).max():>4.0%} {entropy(answer):>10.3f}" if met else ""
+        share = f"{(cost / total).item():>14.1%}" if i <= outcome.exit[0] else ""
+        line = f"{i:>5}   {bar:<16}   {what:<12} {said:<30} {share}".rstrip()
+        style = "\033[1m" if left else "" if ran else "\033[2m"                         # bold where it left, faint unrun
+        lines.append(f"{style}{line}\033[0m" if colour else line)
+    answer = outcome.logits[0]
+    return "\n".join(lines + [f"answer: {labels[answer.argmax()]} ({answer.softmax(0).max():.0%}), "
+                              f"{outcome.ran.sum()} of {len(model.gates)} layers run"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert import Bert, BertConfig, WeightsError, load_bert, name_table
+from bert import Bert, BertConfig, Dropout, Layer, WeightsError, load_bert, name_table
 
 FIXTURE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()}
 CONFIG = {name.removeprefix("config/"): value.item() for name, value in FIXTURE.items() if name.startswith("config/")}
@@ -141,3 +141,48 @@ def test_real_weights(shared, name):
     expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types, output_hidden_states=True).hidden_states
     for ours, h in zip(bert(ids, types, mask), expected, strict=True):
         torch.testing.assert_close(ours[mask], h[mask], rtol=0, atol=1e-5)
+
+
+def test_dropout_drops_a_share_and_keeps_the_mean():
+    """On a CPU from 16 random bits a value: the share, the scale, the gradient, and nothing twice alike."""
+    torch.manual_seed(0)
+    x = torch.ones(1001, 997, requires_grad=True)           # not a multiple of four
+    for p in (0.1, 0.5):
+        dropped = Dropout(p)(x)
+        kept = dropped != 0
+        assert 1 - kept.float().mean().item() == pytest.approx(p, abs=0.002)
+        torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=1e-4, atol=0)
+        gradient, = torch.autograd.grad(dropped.sum(), x)
+        assert torch.equal(gradient, dropped.detach())
+        assert not torch.equal(kept, Dropout(p)(x) != 0)
+        rows = kept.float().mean(1)                         # no row or column fares worse than chance
+        assert (rows - rows.mean()).abs().max() < 0.08
+    assert torch.equal(Dropout(0.5).eval()(x), x) and Dropout(0.0)(x) is x
+
+
+def test_training_computes_what_inference_computes():
+    """With dropout on but so small that nothing is dropped, the attention that is written out equals the fused one."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=20, num_attention_heads=5, intermediate_size=28, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=1e-9)
+    layer, h = Layer(config), torch.randn(3, 7, 20)
+    for mask in (None, torch.arange(7) < torch.tensor([7, 4, 1])[:, None]):
+        real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask
+        torch.testing.assert_close(layer.train()(h, mask)[real], layer.eval()(h, mask)[real])
+
+
+@torch.no_grad()
+def test_large_batches_go_in_pieces(monkeypatch):
+    """A batch that is too large for one piece gives what each of its rows gives alone."""
+    torch.manual_seed(0)
+    layer, h = Layer(BertConfig(hidden_size=20, num_attention_heads=5, intermediate_size=28)).eval(), torch.randn(5, 7, 20)
+    mask = torch.arange(7) < torch.tensor([7, 4, 1, 6, 2])[:, None]
+    monkeypatch.setattr("bert.PIECE", 15)                   # two rows of seven tokens, but not three
+    sizes = []
+    layer.qkv.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    for m in (None, mask):
+        whole = layer(h, m)
+        assert sizes == [2, 2, 1]
+        for row in range(5):
+            torch.testing.assert_close(whole[row:row + 1], layer(h[row:row + 1], None if m is None else m[row:row + 1]))
+        sizes.clear()

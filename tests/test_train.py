@@ -19,18 +19,19 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch-size", "16", "--dropout", "0.1", "--device", "cpu"]
 
 
-def run(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Status 2, one line, no traceback, and the words that help."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    line = result.stderr.strip().splitlines()[-1]
-    for word in words:
-        assert word in line
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """refused(main, arguments, *words): the script ends with status 2, one line on stderr, and the words that help."""
+    def check(main, arguments, *words: str) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:         # any other exception would be a traceback
+            main([str(argument) for argument in arguments])
+        line, = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        for word in words:
+            assert word in line
+    monkeypatch.chdir(tmp_path)
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_resume_after_the_last_epoch(finished, tmp_path, monkeypatch):
     assert all(torch.equal(value, theirs[name]) for name, value in weights(finished).items())
 
 
-def test_kill_9_loses_at_most_an_epoch(tmp_path):
+def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
     """A real kill -9; the checkpoint that is there is whole, and nothing half-written bears a good name."""
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--epochs1", "200", "--out", str(out)],
@@ -105,7 +106,7 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path):
     state = evaluation.load_file(out / "checkpoint.pt")
     assert state["done"] >= 1 and sum("dev" in record for record in state["log"]) == state["done"]
     assert not (out / "model.pt").exists()
-    refused(run("eval.py", str(out), cwd=tmp_path), "model.pt")
+    refused(evaluation.main, [out], "model.pt")
 
 
 def test_evaluation_writes_what_it_prints(finished, capsys):
@@ -143,14 +144,14 @@ def test_plain_bert_and_ablations_run(tmp_path, capsys):
     assert all(share == 1 for record in records if "run" in record for share in record["run"])
 
 
-def test_an_existing_run_is_not_overwritten(finished, tmp_path):
+def test_an_existing_run_is_not_overwritten(finished, refused):
     before = (finished / "model.pt").read_bytes()
-    refused(run("train.py", *SMALL, "--out", str(finished), cwd=tmp_path), "--resume", "--overwrite")
-    refused(run("train.py", *SMALL, "--lr", "0.5", "--out", str(finished), "--resume", cwd=tmp_path), "lr")
+    refused(train.main, [*SMALL, "--out", finished], "--resume", "--overwrite")
+    refused(train.main, [*SMALL, "--lr", "0.5", "--out", finished, "--resume"], "lr")
     assert (finished / "model.pt").read_bytes() == before
 
 
-def test_bad_input_of_training(tmp_path):
+def test_bad_input_of_training(tmp_path, refused):
     """Each with one line and status 2, and no folder left behind."""
     for arguments, words in (
             (["--task", "sst-2"], ["unknown task", "sst2"]),
@@ -163,13 +164,13 @@ def test_bad_input_of_training(tmp_path):
             (["--max-length", "4000"], ["4000", "128"]),
             (["--max-length", "3"], ["3"]),
             (["--device", "tpu"], ["tpu", "cpu"])):
-        refused(run("train.py", *arguments, "--out", "run", cwd=tmp_path), *words)
+        refused(train.main, [*arguments, "--out", "run"], *words)
     if not torch.cuda.is_available():
-        refused(run("train.py", "--device", "cuda", "--out", "run", cwd=tmp_path), "cuda")
+        refused(train.main, ["--device", "cuda", "--out", "run"], "cuda")
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_and_vocabulary_must_fit(tmp_path):
+def test_weights_and_vocabulary_must_fit(tmp_path, refused):
     """A folder whose vocab.txt is not the weights' is refused before anything is written."""
     from dataclasses import asdict
 
@@ -182,21 +183,24 @@ def test_weights_and_vocabulary_must_fit(tmp_path):
     torch.save({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]) + "\n")
-    refused(run("train.py", "--weights", str(tmp_path), "--out", "run", cwd=tmp_path), "6", "9", "vocab.txt")
+    refused(train.main, ["--weights", tmp_path, "--out", "run"], "6", "9", "vocab.txt")
 
 
-def test_bad_input_of_evaluation(finished, tmp_path):
-    refused(run("eval.py", str(tmp_path), cwd=tmp_path), "no run")
-    refused(run("eval.py", str(finished), "--thresholds", "low", cwd=tmp_path), "low", "number")
-    refused(run("eval.py", str(finished), "--thresholds", "nan", cwd=tmp_path), "number")
+def test_bad_input_of_evaluation(finished, tmp_path, refused):
+    """Once as a process of its own, to see the status; then each in turn."""
+    result = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    refused(evaluation.main, [tmp_path], "no run")
+    refused(evaluation.main, [finished, "--thresholds", "low"], "low", "number")
+    refused(evaluation.main, [finished, "--thresholds", "nan"], "number")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
         copy.mkdir(exist_ok=True)
         (copy / "settings.json").write_bytes((finished / "settings.json").read_bytes())
         (copy / "model.pt").write_bytes(content)
-        refused(run("eval.py", str(copy), cwd=tmp_path), word)
+        refused(evaluation.main, [copy], word)
     torch.save({"version": 99}, copy / "model.pt")
-    refused(run("eval.py", str(copy), cwd=tmp_path), "another version")
+    refused(evaluation.main, [copy], "another version")
 
 

@@ -1,0 +1,171 @@
+"""The accounts: what is chosen, what is compared, and what a reader sees of single examples."""
+
+import importlib.util
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_model
+
+import data
+import eval as evaluation
+import train
+from eval import Row, RunError, Way, at_cost, choose
+from smartbert import entropy, entropy_below, infer, trace
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a small run of the toy task."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train.main(["--limit", "200", "--epochs1", "2", "--epochs2", "1", "--batch-size", "16", "--device", "cpu", "--out", str(folder)])
+    return folder
+
+
+def row(mode: str, score: float, flops: float, threshold: float | None = None, **more) -> Row:
+    return Row(mode, threshold, score=score, scores={}, layers=1.0, flops=flops, skip_rate=[], exit_histogram=[],
+               levels=None, **more)
+
+
+ROWS = [row("plain", .90, 1.), row("skip", .91, .5), row("exit", .92, .8, .1), row("exit", .901, .4, .2),
+        row("exit", .89, .2, .3), row("both", .905, .3, .1), row("both", .899, .25, .2), row("both", .80, .1, .3)]
+
+
+@pytest.mark.parametrize("max_drop, speedup, exits, both", [
+    (1.0, None, 0.2, 0.1),          # at most a point below .91: .901 and .905 are the cheapest
+    (2.5, None, 0.3, 0.2),
+    (-5.0, None, 0.1, 0.1),         # nobody gains five points: the best score
+    (1.0, 2.0, 0.2, 0.1),           # FLOPs at most .5: the best score among those
+    (1.0, 4.0, 0.3, 0.2),
+    (1.0, 50.0, 0.3, 0.3)])         # nobody is as cheap as that: the cheapest
+def test_choice(max_drop, speedup, exits, both):
+    taken = [ROWS[i] for i in choose(ROWS, max_drop, speedup)]
+    assert [(r.mode, r.threshold) for r in taken] == [("plain", None), ("skip", None), ("exit", exits), ("both", both)]
+
+
+def test_score_at_the_same_cost():
+    """Between two rows lies a mixture of them; outside of all rows there is nothing."""
+    rows = [row("exit", .6, .2), row("exit", .9, .8), row("exit", .8, .4)]
+    assert at_cost(rows, .3) == pytest.approx(.7)
+    assert at_cost(rows, .7) == pytest.approx(.875)
+    assert str(at_cost(rows, .1)) == str(at_cost(rows, .9)) == "nan"
+
+
+def test_threshold_is_chosen_on_held_out_data(finished, capsys):
+    """The marked rows are those that `choose` takes by held-out scores computed here anew; dev has no say."""
+    ask = [str(finished), "--thresholds", "0.3", "0.6", "0.68", "--repeats", "0", "--device", "cpu", "--criteria"]
+    evaluation.main(ask + ["--target-speedup", "2"])
+    assert "the oracle reaches" in capsys.readouterr().out
+    result = json.loads((finished / "eval.json").read_text())
+    settings, model = evaluation.load_run(finished, torch.device("cpu"))
+    training = data.load_task("toy")["train"].select(range(200))
+    held = data.encode(data.load_tokenizer(finished), data.hold_out(training, 0.1, settings["seed"])[1])
+    assert len(held) == 20
+    again = []
+    for r in result["rows"]:
+        mode, leave = r["mode"], None if r["threshold"] is None else entropy_below(r["threshold"])
+        batch = data.collate(held, list(range(20)))
+        outcome = infer(model, batch.ids, batch.types, batch.mask, skip=mode in ("skip", "both"), leave=leave)
+        assert r["held_out"] == pytest.approx((outcome.logits.argmax(1) == batch.labels).float().mean().item())
+        tokens = batch.mask.sum(1)
+        share = evaluation.flops(model, tokens, outcome).sum() / evaluation.plain_flops(model, tokens).sum()
+        again.append(row(mode, r["held_out"], share.item(), r["threshold"]))
+    assert [i for i, r in enumerate(result["rows"]) if r["chosen"]] == choose(again, 1.0, 2.0)
+    # the criteria: all layers at the last one is plain BERT, and none is better than the oracle
+    others = result["criteria"]
+    last = next(r for r in others if r["criterion"] == "layer" and r["threshold"] == 6)
+    assert (last["score"], last["flops"], last["layers"]) == (result["rows"][0]["score"], pytest.approx(1), 6)
+    assert others[-1]["criterion"] == "oracle" and others[-1]["score"] == max(r["score"] for r in others)
+
+
+def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
+    """--predict answers in the order of the lines, each as if it were alone; bad lines are refused by number."""
+    lines = ["the cat is not very kind", "the dog is rude", "the king is not not truly loyal", "the bear is kind"] * 3
+    path = tmp_path / "text"
+
+    def answers(text: str, source) -> str:
+        path.write_text(text)
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        evaluation.main([str(finished), "--device", "cpu", "--thresholds", "0.5", "--predict", str(source)])
+        return capsys.readouterr().out
+
+    _, model = evaluation.load_run(finished, torch.device("cpu"))
+    tokenizer, wanted = data.load_tokenizer(finished), ""
+    for line in lines:
+        ids = torch.tensor([tokenizer.encode(line).ids])
+        outcome = infer(model, ids, torch.zeros_like(ids), ids > 0, leave=entropy_below(0.5))
+        p = outcome.logits[0].softmax(0)
+        wanted += f"{('bad', 'good')[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
+    assert answers("\n".join(lines) + "\n", path) == answers("\n".join(lines), "-") == wanted
+    for text, source, words in (("a\n\nb\n", "-", "example 2"), ("a\tb\n", "-", "one sentence"), ("", tmp_path / "no", "no")):
+        with pytest.raises(SystemExit) as stop:
+            answers(text, source)
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and words in printed.err and not printed.out
+
+
+@torch.no_grad()
+def test_trace_tells_what_happened():
+    """Each layer's line against the outcome; the last share is what the cost function says."""
+    model, seen = tiny_model(), set()
+    ids, types, mask = tiny_batch()
+    for r in range(9):
+        S = int(mask[r].sum())
+        outcome = infer(model, ids[r:r + 1, :S], types[r:r + 1, :S], mask[r:r + 1, :S], leave=entropy_below(0.8))
+        *lines, answer = trace(model, torch.tensor([S]), outcome, ("no", "maybe", "yes")).splitlines()[1:]
+        for i, line in enumerate(lines):
+            left = i + 1 == outcome.exit[0] < 5
+            what = "ran, left" if left else "ran" if outcome.ran[0, i] else "skipped" if i < outcome.exit[0] else "not reached"
+            assert line.split()[0] == str(i + 1) and what in line and ("left" in line) == left
+            seen.add(what)
+        assert f"{outcome.ran.sum()} of 5 layers run" in answer
+        assert ("no", "maybe", "yes")[outcome.logits[0].argmax()] in answer
+        last = [line for line in lines if "%" in line][-1]
+        share = evaluation.flops(model, torch.tensor([S]), outcome) / evaluation.plain_flops(model, torch.tensor([S]))
+        assert last.split()[-1] == f"{share.item():.1%}"
+        assert all(f"{entropy(h):.3f}" in line for h, line in zip(outcome.history[0], lines) if not h[0].isnan())
+    assert seen == {"ran, left", "ran", "skipped", "not reached"}
+
+
+def test_trace_from_the_command_line(finished, capsys):
+    evaluation.main([str(finished), "--trace", "the cat is not kind", "--thresholds", "0.1", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "both at threshold 0.1" in printed and "\033" not in printed
+    evaluation.main([str(finished), "--trace-examples", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.count("layers run") == 4
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(finished), "--trace", "one", "two", "--device", "cpu"])
+    assert stop.value.code == 2 and "one sentence" in capsys.readouterr().err
+
+
+def test_summary_is_mean_and_spread(tmp_path):
+    """Over the chosen rows of several files, by hand; another file is refused."""
+    settings = dict(method="smartbert", no_skipping=False, no_contrast=False, soft_gates=False, gate_bias=-2.0, weights="w")
+    scores, files = (.5, .6, .9), []
+    for i, score in enumerate(scores):
+        rows = [vars(row("plain", .1, 1., chosen=True)), vars(row("both", .2, .9, .1)),
+                vars(row("both", score, score / 2, .2, chosen=True))]
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
+    line = next(l for l in evaluation.summary([str(f) for f in files]).splitlines() if " both " in l)
+    assert line.split()[-8:] == ["both", "3", f"{statistics.mean(scores):.3f}", "+-", f"{statistics.stdev(scores):.3f}",
+                                 f"{statistics.mean(scores) / 2:.3f}", "+-", f"{statistics.stdev(scores) / 2:.3f}"]
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(RunError, match="x.json"):
+        evaluation.summary([str(tmp_path / "x.json")])
+
+
+def test_pictures(finished, capsys):
+    """Where matplotlib is installed: five PNG files; where not: one line that says how to get it."""
+    ask = [str(finished), "--plot", "--criteria", "--repeats", "0", "--thresholds", "0.2", "0.5", "--device", "cpu"]
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(ask)
+        assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+        return
+    evaluation.main(ask)
+    for name in ("score", "layers", "examples", "training", "criteria"):
+        assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
