@@ -307,24 +307,22 @@ def summary(paths: list[str]) -> str:
         try:
             result = json.loads(Path(path).read_text())
             settings = result["settings"]
-            what = [settings["method"]] + [f"--{name.replace('_', '-')}" for name in ("no_skipping", "no_contrast",
-                                                                                      "soft_gates") if settings[name]]
-            what += [f"--gate-bias {settings['gate_bias']:g}"] if settings["gate_bias"] != -2 else []
+            what = settings["method"] + "".join(f" --{name.replace('_', '-')}" for name in (
+                "no_skipping", "no_contrast", "soft_gates") if settings[name])
             for row in result["rows"]:
                 if row["chosen"]:
-                    key = (f"{result['task']} {result['split']}{' (partial)' if result['partial'] else ''}",
-                           settings["weights"] or "", " ".join(what), row["mode"])
-                    groups.setdefault(key, []).append(row)
+                    groups.setdefault((f"{result['task']} {result['split']}{' (partial)' * result['partial']}",
+                                       settings["weights"] or "", what, row["mode"]), []).append(row)
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{path} is no eval.json of this version: evaluate the run again")
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
     lines = [f"{'data':<18} {'weights':<10} {'run':<26} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14}"]
     for (task, weights, what, mode), rows in sorted(groups.items()):
-        cells = []
-        for name in ("score", "flops"):
-            values = [row[name] for row in rows]
-            spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
-        lines.append(f"{task:<18} {weights:<10} {what:<26} {mode:<6} {len(rows):>5} {cells[0]:>14} {cells[1]:>14}")
+        lines.append(f"{task:<18} {weights:<10} {what:<26} {mode:<6} {len(rows):>5} "
+                     f"{cell([row['score'] for row in rows]):>14} {cell([row['flops'] for row in rows]):>14}")
     return "\n".join(lines)
 
 
@@ -349,9 +347,8 @@ def read_examples(path: str) -> list[list[str]]:
     return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
 
 
-def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, metric: str) -> None:
-    """PNG files: score over FLOPs, skips and exits by layer, layers by example, the training; exit criteria where asked.
-    outcome: of the dev set, both gates and exits. Raises RunError where matplotlib is missing."""
+def pyplot():
+    """matplotlib's drawing part, set up to be read from the last row of a lecture hall. Raises RunError."""
     try:
         import matplotlib
     except ImportError:
@@ -359,9 +356,15 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 14, "figure.figsize": (8, 5), "figure.dpi": 120, "axes.grid": True, "grid.alpha": 0.3,
-                         "savefig.bbox": "tight", "axes.axisbelow": True})
+                         "savefig.bbox": "tight", "axes.axisbelow": True, "lines.markersize": 9})
+    return plt
+
+
+def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, metric: str) -> None:
+    """PNG files in a run's folder: score over FLOPs, skips and exits by layer, layers by example, the training, and the
+    exit criteria where others holds them. outcome: the dev set with gates and exits. Raises RunError."""
+    plt = pyplot()
     blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
-    style = {"plain": (gray, "s"), "skip": (green, "D"), "exit": (orange, "o"), "both": (blue, "^")}
 
     def finish(axes, name: str, **labels) -> None:
         axes.set(**labels)
@@ -369,15 +372,21 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
         plt.close(axes.figure)
         print(f"wrote {folder / name}")
 
-    axes = plt.subplots()[1]
-    for mode, (colour, marker) in style.items():
-        points = sorted((row.flops, row.score) for row in rows if row.mode == mode)
-        if points:
-            axes.plot(*zip(*points), marker, color=colour, label=mode, ls="-", markersize=9)
-    axes.legend()
-    finish(axes, "score.png", xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, 1.05))
+    def curves(name: str, rows: list[Row], key: str, styles: dict) -> None:
+        axes = plt.subplots()[1]
+        for group, (colour, marker) in styles.items():
+            points = sorted((row.flops, row.score) for row in rows if getattr(row, key) == group)
+            if points:
+                axes.plot(*zip(*points), marker, ls="-", color=colour, label=group)
+        axes.legend()
+        finish(axes, name, xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, None))
 
-    row = next((row for row in reversed(rows) if row.mode == "both" and row.chosen), rows[-1])
+    curves("score.png", rows, "mode", {"plain": (gray, "s"), "skip": (green, "D"), "exit": (orange, "o"), "both": (blue, "^")})
+    if others:
+        curves("criteria.png", others, "criterion", {"entropy": (blue, "o"), "probability": (orange, "x"), "patience": (
+            green, "D"), "layer": (gray, "s"), "oracle": ("black", "*")})
+
+    row = next(row for row in reversed(rows) if row.chosen or row is rows[0])
     L, total = len(row.skip_rate), sum(row.exit_histogram)
     axes, places = plt.subplots()[1], np.arange(1, L + 1)
     axes.bar(places - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
@@ -391,13 +400,12 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
     picture = reached.int() + outcome.ran + (outcome.ran & left)
     order = np.lexsort((outcome.exit.numpy(), outcome.ran.sum(1).numpy()))
     axes = plt.subplots()[1]
-    colours = matplotlib.colors.ListedColormap(["white", "#F0E442", blue, "black"])
-    axes.imshow(picture[order].T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=3, origin="lower",
-                extent=(0, len(order), 0.5, L + 0.5))
+    colours = ["white", "#F0E442", blue, "black"]
+    axes.imshow(picture[order].T, aspect="auto", interpolation="nearest", origin="lower", vmin=0, vmax=3,
+                cmap=plt.matplotlib.colors.ListedColormap(colours), extent=(0, len(order), 0.5, L + 0.5))
     axes.grid(False)
-    names = ("skipped", "run", "run, then left")
-    axes.legend(handles=[matplotlib.patches.Patch(facecolor=c, edgecolor="black", label=name)
-                         for c, name in zip(colours.colors[1:], names)], loc="upper left")
+    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, facecolor=colour, edgecolor="black", label=name) for colour, name
+                         in zip(colours[1:], ("skipped", "run", "run, then left"))], loc="upper left")
     finish(axes, "examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=places,
            title=str(row))
 
@@ -414,27 +422,17 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
         axes.axvline(len(gated) + 0.5, color="black", ls="--")
     finish(lower, "training.png", xlabel="training, in averages of 20 steps", ylabel="layer", xlim=(0.5, end), yticks=places)
 
-    if others:
-        axes = plt.subplots()[1]
-        for (name, marker), colour in zip({"entropy": "o", "probability": "x", "patience": "D", "layer": "s", "oracle": "*"
-                                           }.items(), (blue, orange, green, gray, "black")):
-            points = sorted((row.flops, row.score) for row in others if row.criterion == name)
-            axes.plot(*zip(*points), marker, color=colour, label=name, ls="-" if name != "oracle" else "", markersize=9)
-        axes.legend()
-        finish(axes, "criteria.png", xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, 1.15))
-
 
 # --- From the command line --------------------------------------------------------------------------------------------
 
-def threshold_list(values: list[str]) -> list[float]:
-    """Thresholds from the command line. Raises RunError for what is no number or below 0."""
-    try:
-        thresholds = [float(value) for value in values]
-    except ValueError as error:
-        raise RunError(f"--thresholds: {error}; give numbers such as 0.1 0.3")
-    if not all(0 <= value < float("inf") for value in thresholds):      # false for nan as well
-        raise RunError("--thresholds: an entropy is a number from 0 up; give numbers such as 0.1 0.3")
-    return thresholds
+def check(arguments: argparse.Namespace) -> None:
+    """Raises RunError for a number that makes no sense."""
+    for name, values in (("thresholds", arguments.thresholds or []), ("target-speedup", [arguments.target_speedup]),
+                         ("trace-examples", [arguments.trace_examples]), ("repeats", [arguments.repeats])):
+        for value in values:
+            low = 1 if name in ("target-speedup", "trace-examples") else 0
+            if value is not None and not low <= value < float("inf"):       # false for nan as well
+                raise RunError(f"--{name} {value:g}: give a number from {low} up")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -443,9 +441,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings, model = load_run(arguments.run, device)
     folder, task = Path(arguments.run).expanduser(), data.find_task(settings["task"])
     L, C = len(model.gates), len(task.labels)
+    if arguments.plot:
+        pyplot()                                            # what is missing is better said before the work
     smart, skipping = settings["method"] == "smartbert", settings["method"] == "smartbert" and not settings["no_skipping"]
     # The default sweep: shares of the largest entropy that C classes can have.
-    thresholds = threshold_list(arguments.thresholds) if arguments.thresholds else [
+    thresholds = arguments.thresholds or [
         round(share * math.log(C), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
     tokenizer = data.load_tokenizer(folder)
 
@@ -459,8 +459,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     def best_way() -> Way:
         """What --trace and --predict use: the threshold named, or the one chosen when the run was evaluated."""
         mode, path = "both" if skipping else "exit" if smart else "plain", folder / "eval.json"
-        rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-        chosen = [row["threshold"] for row in rows if row["mode"] == mode and row.get("chosen")]
+        try:
+            rows = json.loads(path.read_text())["rows"]
+            chosen = [row["threshold"] for row in rows if row["mode"] == mode and row["chosen"]]
+        except (OSError, ValueError, KeyError):
+            chosen = []                                     # not evaluated yet
         threshold = thresholds[0] if arguments.thresholds or not chosen else chosen[0]
         return Way(mode, threshold if smart else None)
 
@@ -513,14 +516,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
         data.write_json(path, result)
         print(f"\nwrote {path}")
-        if arguments.plot and name == task.devs[0]:
+        if arguments.plot and smart and name == task.devs[0]:
             plot(folder, rows, others, predict(model, pools(split, device), chosen), task.metrics[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", help="the folder of a run that train.py made")
-    parser.add_argument("--thresholds", nargs="+", metavar="E", help="entropies below which an example leaves")
+    parser.add_argument("--thresholds", nargs="+", type=float, metavar="E", help="entropies below which an example leaves")
     parser.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS",
                         help="choose the cheapest threshold that loses at most so much on held-out data (default 1)")
     parser.add_argument("--target-speedup", type=float, metavar="X", help="choose the best threshold with so many times "
@@ -538,6 +541,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.run and not asked.summary:
         parser.error("name the folder of a run, such as runs/toy")
     try:
+        check(asked)
         print(summary(asked.summary)) if asked.summary else evaluate(asked)
     except (DataError, WeightsError, RunError) as error:
         print(f"eval.py: {error}", file=sys.stderr)

@@ -238,7 +238,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def entropy_below(threshold: float) -> Criterion:
-    """Leave when the entropy is strictly below the threshold (SmartBERT section 3; DeeBERT, Xin et al. 2020)."""
+    """Leave when the entropy is strictly below the threshold (SmartBERT as DeeBERT, Xin et al. 2020)."""
     return lambda history, rows: entropy(history[:, -1]) < threshold
 
 

@@ -85,7 +85,7 @@ class Settings:
 
 # What a task wants otherwise than the defaults above.
 RECIPES = {
-    "toy": dict(lr=5e-4, batch_size=64, epochs1=24, epochs2=6, dropout=0.0, push_full=0.8),
+    "toy": dict(lr=5e-4, batch_size=64, epochs1=30, epochs2=6, dropout=0.0, budget=0.6, push_start=0.3, push_full=0.6),
 }
 
 

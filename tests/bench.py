@@ -1,10 +1,11 @@
 """How fast: every ratio side by side in one process, in turn, the median of several rounds.
 
     python tests/bench.py --weights FOLDER --data-dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
-    python tests/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --run runs/sst2
+    python tests/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --runs runs/rte runs/sst2
 
 Hugging Face's transformers is the peer where it is installed; without it those rows are left out. A ratio above 1 means that
-ours is faster. With --run, a trained run's dynamic inference: its speed-up in seconds over its speed-up in FLOPs.
+ours is faster. With --runs, the dynamic inference of trained runs: speed-up in seconds over speed-up in FLOPs, both against
+plain BERT here. Run it on an idle machine; it takes some ten minutes on two cores.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", required=True, help="folder with a pre-trained BERT")
     parser.add_argument("--data-dir", required=True, help="folder with GLUE's RTE and SST-2")
-    parser.add_argument("--run", help="a finished run, for dynamic inference")
+    parser.add_argument("--runs", nargs="*", default=[], help="finished runs, for dynamic inference")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="write the figures to this file as well")
@@ -94,14 +95,15 @@ def main() -> None:
         dev = data.encode(tokenizer, splits["dev"])
         given = [data.collate(dev, list(range(i, min(i + 32, len(dev))))).to(device) for i in range(0, len(dev), 32)]
         pooled = evaluation.pools(dev, device)
-        with torch.inference_mode():
-            if peer:
-                peer.eval()
-                theirs = lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given]
-                same = lambda: [model(b.ids, b.types, b.mask) for b in given]
-                note(f"{task}: plain forward, identical padded batches / transformers", *in_turn(same, theirs, rounds=rounds))
-                plain = lambda: [infer(model, b.ids, b.types, b.mask, skip=False) for b in pooled]
-                note(f"{task}: whole dev set as each would run it / transformers", *in_turn(plain, theirs, rounds=rounds))
+        if peer:
+            peer.eval()
+            with torch.inference_mode():
+                theirs, same, plain = in_turn(
+                    lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given],
+                    lambda: [model(b.ids, b.types, b.mask) for b in given],
+                    lambda: [evaluation.run(model, b, evaluation.Way("plain")) for b in pooled], rounds=rounds)
+            note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
+            note(f"{task}: whole dev set as each would run it / transformers", plain, theirs)
     # Training: a step of ours against plain fine-tuning of the peer, on the same batches, dropout on in both.
     training = data.encode(tokenizer, data.load_task("rte", arguments.data_dir)["train"])
     some = [data.collate(training, rows).to(device) for rows in data.batch_indices(training, 32, seed=1)[:6]]
@@ -122,6 +124,7 @@ def main() -> None:
         for b in some:
             step(phase2_loss(model, b.ids, b.types, b.mask, b.labels), optimizer)
 
+    timed = [phase1, phase2]
     if peer:
         theirs_optimizer = torch.optim.AdamW(peer.parameters(), 1e-6)
 
@@ -130,24 +133,27 @@ def main() -> None:
             for b in some:
                 step(F.cross_entropy(peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types).logits, b.labels),
                      theirs_optimizer)
-        note("phase 1, 6 steps of 32 / transformers' plain fine-tuning", *in_turn(phase1, fine_tune, rounds=rounds))
-    note("phase 2, 6 steps of 32 / phase 1", *in_turn(phase2, phase1, rounds=rounds))
+        timed.append(fine_tune)
+    first, second, *theirs = in_turn(*timed, rounds=rounds)
+    if peer:
+        note("rte: phase 1, 6 steps of 32 / transformers' plain fine-tuning", first, theirs[0])
+    note("rte: phase 2, 6 steps of 32 / phase 1", second, first)
 
-    if arguments.run:
-        settings, trained = evaluation.load_run(arguments.run, device)
+    for run in arguments.runs:
+        settings, trained = evaluation.load_run(run, device)
         task = data.find_task(settings["task"])
         split = data.load_task(task.name, arguments.data_dir)[task.devs[0]]
-        split = data.encode(data.load_tokenizer(arguments.run), split, settings["max_length"])
-        thresholds = [0.07, 0.14, 0.28, 0.42, 0.55]
-        rows = evaluation.sweep(trained, split, task, thresholds, device, repeats=rounds)
+        split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
+        ways = [evaluation.Way("plain"), evaluation.Way("skip")]
+        ways += [evaluation.Way(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
+        rows = evaluation.sweep(trained, split, None, task, ways, device, repeats=rounds)
         for row in rows[1:]:
-            name = f"{task.name} {row.mode} {row.threshold or ''}: speed-up in seconds / in FLOPs ({1 / row.flops:.2f})"
-            note(name, row.seconds, rows[0].seconds * row.flops)
+            note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
         pooled, leave = evaluation.pools(split, device), entropy_below(0.28)
         singly = [data.collate(split, [i]).to(device) for i in range(len(split))]
-        many = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave) for b in pooled]
-        one = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave, batch_size=1) for b in singly]
-        note(f"{task.name} both at 0.28, batches of 32 / one at a time", *in_turn(many, one, rounds=min(rounds, 3)))
+        many = lambda: [evaluation.run(trained, b, evaluation.Way("both", 0.28)) for b in pooled]
+        one = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave, batch_tokens=1) for b in singly]
+        note(f"{task.name} both at threshold 0.28 / one example at a time", *in_turn(many, one, rounds=min(rounds, 3)))
     if arguments.json:
         data.write_json(arguments.json, figures)
 

@@ -26,7 +26,7 @@ def refused(capsys, tmp_path, monkeypatch):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:         # any other exception would be a traceback
             main([str(argument) for argument in arguments])
-        line, = capsys.readouterr().err.strip().splitlines()
+        line = capsys.readouterr().err.strip().splitlines()[-1]     # argparse puts its usage above
         assert stop.value.code == 2
         for word in words:
             assert word in line
@@ -191,8 +191,11 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     result = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     refused(evaluation.main, [tmp_path], "no run")
-    refused(evaluation.main, [finished, "--thresholds", "low"], "low", "number")
+    refused(evaluation.main, [finished, "--thresholds", "low"], "low", "--thresholds")
     refused(evaluation.main, [finished, "--thresholds", "nan"], "number")
+    refused(evaluation.main, [finished, "--target-speedup", "0"], "--target-speedup 0", "from 1")
+    refused(evaluation.main, [finished, "--trace-examples", "-1"], "from 1")
+    refused(evaluation.main, [], "runs/toy")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
