@@ -273,9 +273,10 @@ def bars(row: Row) -> str:
 
 def criteria(model: SmartBert, split: Split, task: Task, device: torch.device) -> list[Row]:
     """Every criterion over a sweep of its number, exits only, on the same heads."""
-    L, C, shares = len(model.gates), len(task.labels), (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 0.95)
-    numbers = {"entropy": [share * math.log(C) for share in shares],
-               "probability": [1 - (1 - 1 / C) * share for share in shares],
+    L, C = len(model.gates), len(task.labels)
+    # From sure to a guess; entropies as of a likeliest class with p and the others alike: for two classes the same thing.
+    p = [1 - (1 - 1 / C) * share for share in (0.003, 0.01, 0.03, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8, 0.95)]
+    numbers = {"entropy": [-q * math.log(q) - (1 - q) * math.log((1 - q) / (C - 1)) for q in p], "probability": p,
                "patience": range(1, L), "layer": range(1, L + 1), "oracle": [None]}
     batches = pools(split, device)
     return [measure(model, split, task, batches, Way("exit", number, name))
