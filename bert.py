@@ -109,7 +109,7 @@ class Layer(nn.Module):
             mask = mask[:, None, None, :]                                               # (B, 1, 1, S)
         # softmax(q k^T / sqrt(D)) v, with nothing seen of the padding
         if self.training and self.attention_dropout.p:
-            scores = q * q.shape[-1]**-0.5 @ k.transpose(2, 3)                          # (B, A, S, S)
+            scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                        # (B, A, S, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
             a = self.attention_dropout(scores.softmax(-1)) @ v                          # (B, A, S, D)

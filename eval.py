@@ -22,7 +22,6 @@ import pickle
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -85,13 +84,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
 
 # --- Inference over a whole split -------------------------------------------------------------------------------------
 
-# The criteria by name, with the number that each takes; labels (N,) are for the oracle alone.
-CRITERIA: dict[str, Callable[[float, Tensor], Criterion]] = {
-    "entropy": lambda number, labels: entropy_below(number),
-    "probability": lambda number, labels: probability_above(number),
-    "patience": lambda number, labels: patience(number),
-    "layer": lambda number, labels: fixed_layer(number),
-    "oracle": lambda number, labels: first_correct(labels)}
+CRITERIA = {"entropy": entropy_below, "probability": probability_above, "patience": patience, "layer": fixed_layer}
 
 
 @dataclass
@@ -106,7 +99,10 @@ class Way:
         return self.mode in ("skip", "both")
 
     def leave(self, labels: Tensor) -> Criterion | None:
-        return CRITERIA[self.criterion](self.threshold, labels) if self.mode in ("exit", "both") else None
+        """The criterion for a pool; labels (N,) are for the oracle alone."""
+        if self.mode not in ("exit", "both"):
+            return None
+        return first_correct(labels) if self.criterion == "oracle" else CRITERIA[self.criterion](self.threshold)
 
     def __str__(self) -> str:       # of rows, too
         return self.mode if self.threshold is None else f"{self.mode} at threshold {self.threshold:g}"
@@ -143,8 +139,8 @@ class Row(Way):
     skip_rate: list[float]          # share of the rows that reached layer i and skipped it
     exit_histogram: list[int]       # rows that left at layer i; the last counts all who reached the end
     levels: list[dict] | None       # of the toy: examples, accuracy, layers of each level
-    held_out: float | None = None   # the score on the held-out part of the training set,
-    chosen: bool = False            # by which this row was chosen among those of its mode
+    held_out: float | None = None   # the score on the held-out part of the training set
+    chosen: bool = False            # the one to take among those of its mode, by `choose` on the held-out part
 
 
 def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], way: Way) -> Row:
@@ -212,15 +208,12 @@ def choose(rows: list[Row], max_drop: float, speedup: float | None = None) -> li
     exits; or, for a target speed-up in FLOPs, the best score among those that reach it. Where none does: the best score,
     or the cheapest."""
     floor, taken = max(row.score for row in rows if row.mode in ("plain", "skip")) - max_drop / 100, []
+    cost, score = (lambda i: -rows[i].flops), (lambda i: rows[i].score)
+    best, otherwise = (score, cost) if speedup else (cost, score)
     for mode in dict.fromkeys(row.mode for row in rows):
         ours = [i for i, row in enumerate(rows) if row.mode == mode]
-        cost, score = (lambda i: rows[i].flops), (lambda i: rows[i].score)
-        if speedup:
-            enough = [i for i in ours if cost(i) <= 1 / speedup]
-            taken.append(max(enough, key=score) if enough else min(ours, key=cost))
-        else:
-            enough = [i for i in ours if score(i) >= floor]
-            taken.append(min(enough, key=cost) if enough else max(ours, key=score))
+        enough = [i for i in ours if (rows[i].flops <= 1 / speedup if speedup else rows[i].score >= floor)]
+        taken.append(max(enough, key=best) if enough else max(ours, key=otherwise))
     return taken
 
 
@@ -303,19 +296,22 @@ def criteria_table(rows: list[Row]) -> str:
 
 def summary(paths: list[str]) -> str:
     """Mean and standard deviation over the seeds of a study, from the eval.json of its runs. Raises RunError."""
-    groups: dict[tuple, list[dict]] = {}
+    results, groups = [], {}
     for path in paths:
         try:
-            result = json.loads(Path(path).read_text())
-            settings = result["settings"]
-            what = settings["method"] + "".join(f" --{name.replace('_', '-')}" for name in (
-                "no_skipping", "no_contrast", "soft_gates") if settings[name])
-            for row in result["rows"]:
-                if row["chosen"]:
-                    groups.setdefault((f"{result['task']} {result['split']}{' (partial)' * result['partial']}",
-                                       settings["weights"] or "", what, row["mode"]), []).append(row)
+            results.append(json.loads(Path(path).read_text()))
+            results[-1]["rows"] = [row for row in results[-1]["rows"] if row["chosen"]]
+            results[-1]["run"] = tuple(results[-1]["settings"][name] or "" for name in ("task", "weights", "method"))
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{path} is no eval.json of this version: evaluate the run again")
+    for result in results:                                  # runs that differ in no more than the seed belong together
+        alike = [other["settings"] for other in results if other["run"] == result["run"]]
+        differ = [f" {name}={value}" for name, value in result["settings"].items()
+                  if name != "seed" and any(other.get(name) != value for other in alike)]
+        for row in result["rows"]:
+            key = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}", result["run"][1],
+                   result["run"][2] + "".join(differ), row["mode"])
+            groups.setdefault(key, []).append(row)
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
@@ -341,11 +337,9 @@ def own_examples(texts: list[list[str]], task: Task) -> Split:
 
 def read_examples(path: str) -> list[list[str]]:
     """A sentence a line, the two of a pair with a tab between them; - is standard input. Raises DataError."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise DataError(f"{path} cannot be read as UTF-8 text: name a file with a sentence a line, or - for standard input")
-    return [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    lines = (sys.stdin.read().rstrip("\n").split("\n") if path == "-" else
+             data.read_lines(Path(path), "name a file with a sentence a line, or - for standard input"))
+    return [line.split("\t") for line in lines]
 
 
 def pyplot():
@@ -361,9 +355,9 @@ def pyplot():
     return plt
 
 
-def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, metric: str) -> None:
+def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
     """PNG files in a run's folder: score over FLOPs, skips and exits by layer, layers by example, the training, and the
-    exit criteria where others holds them. outcome: the dev set with gates and exits. Raises RunError."""
+    exit criteria where others holds them. row, outcome: what to show of the dev set by layer. Raises RunError."""
     plt = pyplot()
     blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
 
@@ -387,7 +381,6 @@ def plot(folder: Path, rows: list[Row], others: list[Row], outcome: Outcome, met
         curves("criteria.png", others, "criterion", {"entropy": (blue, "o"), "probability": (orange, "x"), "patience": (
             green, "D"), "layer": (gray, "s"), "oracle": ("black", "*")})
 
-    row = next(row for row in reversed(rows) if row.chosen or row is rows[0])
     L, total = len(row.skip_rate), sum(row.exit_histogram)
     axes, places = plt.subplots()[1], np.arange(1, L + 1)
     axes.bar(places - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
@@ -518,7 +511,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         data.write_json(path, result)
         print(f"\nwrote {path}")
         if arguments.plot and smart and name == task.devs[0]:
-            plot(folder, rows, others, predict(model, pools(split, device), chosen), task.metrics[0])
+            plot(folder, rows, chosen, predict(model, pools(split, device), chosen), others, task.metrics[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -543,7 +536,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("name the folder of a run, such as runs/toy")
     try:
         check(asked)
-        print(summary(asked.summary)) if asked.summary else evaluate(asked)
+        if asked.summary:
+            print(summary(asked.summary))
+        else:
+            evaluate(asked)
     except (DataError, WeightsError, RunError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,7 +24,7 @@ from bert import Bert, needed
 
 def width(hidden_size: int) -> int:
     """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size
-    (deviation 12); at least 16, below which four heads see nothing."""
+    (README, deviation 12); at least 16, below which four heads see nothing."""
     return max(16, 8 * round(hidden_size / 48))
 
 
@@ -61,7 +61,7 @@ class Gate(nn.Module):
         super().__init__()
         self.body = ClsAttention(hidden_size, width, heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, bias)      # below 0: every layer runs at first (deviation 11)
+        nn.init.constant_(self.out.bias, bias)      # below 0: layers run at first (README, deviation 11)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H) -> g (B,)."""
@@ -130,12 +130,12 @@ def hard_weight(g: Tensor) -> Tensor:
 # --- Cross-layer contrast ---------------------------------------------------------------------------------------------
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """How well a token in one layer is told from its neighbours in the next (SmartBert.py:112-122).
+    """The loss of telling a token in the next layer from the others of its example (SmartBert.py:112-122).
 
-        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s = exp(u v^T / tau)
+        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s = exp(cos(u, v) / tau)
 
     u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is neither a token to be
-    found nor a negative (the release counts it: deviation 1). Returns a scalar.
+    found nor a negative (the release counts it: README, deviation 1). Returns a scalar.
     """
     s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau           # log s: (B, S, S)
     s = s.masked_fill(~mask[:, None, :], -torch.inf)
@@ -168,7 +168,7 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
 
 @dataclass
 class Phase1:
-    """What phase 1's loss is made of: scalars, and run: the share of layers run (B, L), 1 - g as used."""
+    """What phase 1's loss is made of: scalars, and run: 1 - g as used, for each row and layer (B, L)."""
     loss: Tensor
     task: Tensor
     push: Tensor
@@ -187,11 +187,11 @@ def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labe
     logits, _ = model.heads[-1](h, needed(mask))
     task = F.cross_entropy(logits, labels)
     pushed = push(soft, used)
-    apart = task.new_zeros(())
+    contrasted = task.new_zeros(())
     if eta1:
-        u = [project(h) for project, h in zip(model.projections, inputs)]               # L tensors (B, S, W)
-        apart = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
-    return Phase1((1 - eta1) * (task + pushed) + eta1 * apart, task, pushed, apart, 1 - used)
+        u = [project(x) for project, x in zip(model.projections, inputs)]               # L tensors (B, S, W)
+        contrasted = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
+    return Phase1((1 - eta1) * (task + pushed) + eta1 * contrasted, task, pushed, contrasted, 1 - used)
 
 
 def lambda_push(lam: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -220,8 +220,8 @@ def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labe
     if not eta2 or len(results) < 2:
         return (1 - eta2) * task
     u = [head.project(z) for head, (_, z) in zip(model.heads, results)]                 # L - 1 tensors (B, S, W)
-    apart = sum(contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])) / (len(u) - 1)
-    return (1 - eta2) * task + eta2 * apart
+    contrasted = sum(contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])) / (len(u) - 1)
+    return (1 - eta2) * task + eta2 * contrasted
 
 
 # --- When to leave ------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def trace(model: SmartBert, tokens: Tensor, outcome: Outcome, labels: tuple[str,
     gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
     lines, cost = ["layer   gate               what         head's answer          entropy   FLOPs so far"], 0
     for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0]), 1):
-        asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] < len(model.gates)
+        asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] and i < len(model.gates)
         cost = cost + asked * gate + ran * layer + met * head
         bar = f"{g:.2f} {'#' * round(10 * g.item())}" if asked else ""
         what = "not reached" if i > outcome.exit[0] else "ran, left" if left else "ran" if ran else "skipped"

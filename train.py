@@ -6,8 +6,8 @@
     python train.py --task cola --weights ~/e5-small --method bert         # the baseline
 
 Phase 1 trains backbone, gates, last head and projections; phase 2 freezes them and trains the other heads (the paper's
-two training phases; the release's main.py:60-130). The best epoch is picked on a part of the training set that is held
-out; the dev set is only reported. A run's folder holds settings.json, log.jsonl, vocab.txt and, at the end, model.pt.
+two training phases; the release's main.py:60-130). Phase 1's best epoch is picked on a part of the training set that is
+held out; the dev set is only reported. A run's folder holds settings.json, log.jsonl, vocab.txt and, at the end, model.pt.
 """
 
 import argparse
@@ -120,13 +120,13 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, classe
     if settings.max_length > bert.config.max_position_embeddings:
         raise DataError(f"--max-length {settings.max_length} is more than the {bert.config.max_position_embeddings} "
                         f"positions of these weights")
-    # No skipping: gates that are shut for good, so that the rest of the code need not know.
+    # No skipping: gates fixed at g = 0, so that the rest of the code need not know.
     return SmartBert(bert, classes, -30.0 if settings.no_skipping else settings.gate_bias)
 
 
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
-    """AdamW over what the phase trains; everything else is frozen. The release has one for both phases
-    (main.py:80-88), which drags phase 1's moments into phase 2."""
+    """AdamW over what the phase trains; everything else is frozen. The release gives it every parameter in both phases
+    (main.py:80-88), frozen ones as well (README, deviation 6)."""
     model.requires_grad_(False)
     if phase == 1:
         groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new), (model.projections, settings.lr_new)]
@@ -160,8 +160,9 @@ def open_folder(settings: Settings) -> Path:
         raise RunError(f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or name "
                        f"another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "eval.json"):
-        (out / name).unlink(missing_ok=True)
+    for pattern in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "eval*.json"):
+        for stale in out.glob(pattern):
+            stale.unlink()
     data.write_json(path, asdict(settings) | {"version": evaluation.VERSION})
     return out
 
@@ -170,8 +171,8 @@ def open_folder(settings: Settings) -> Path:
 
 def push_now(settings: Settings, progress: float):
     """What pushes the gates at this point of phase 1 (progress 0..1): the paper's lambda, or the budget, which starts
-    as "all layers" and tightens only once the task is being learned (deviation 11)."""
-    if settings.no_skipping:
+    as "all layers" and tightens only once the task is being learned (README, deviation 11)."""
+    if settings.no_skipping or progress < settings.push_start:
         return lambda soft, used: soft.new_zeros(())
     if settings.lam is not None:
         return lambda_push(settings.lam)
@@ -298,9 +299,10 @@ def train(settings: Settings) -> Path:
             f"{name} {line[name][task.metrics[0]]:.3f} with {line[f'{name} layers']:.1f} of {len(model.gates)} layers"
             for name in watched) + f"  ({line['seconds']:.0f} s)", flush=True)
         if phase == 1:
-            # An epoch counts once its gates are hard and its budget is met; then the score, then the cost decides.
+            # Prefer hard gates, then a budget met (within a tenth) or a lambda at work, then the score, then fewer layers.
             share = line[f"{judge} layers"] / len(model.gates)
-            met = settings.lam is not None or settings.no_skipping or share <= 1.1 * settings.budget
+            met = share <= 1.1 * settings.budget if settings.lam is None else (epoch + 1) / epochs > settings.push_start
+            met = met or settings.no_skipping or settings.method == "bert"
             rank = [hard or settings.soft_gates, met, line[judge][task.metrics[0]], -share]
             if best is None or rank >= best:
                 best = rank
@@ -319,6 +321,9 @@ def train(settings: Settings) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    task = argparse.ArgumentParser(add_help=False)          # first the task alone: it decides on the other defaults
+    task.add_argument("--task", default="toy")
+    recipe = RECIPES.get(task.parse_known_args(arguments)[0].task, {})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
@@ -329,8 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.add_argument("--" + f.name.replace("_", "-"), action="store_true", help=f.metadata["help"])
         else:
             parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f.metadata["help"])
-    first, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**RECIPES.get(first.task, {}))
+    parser.set_defaults(**recipe)
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
         out = train(settings)

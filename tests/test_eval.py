@@ -142,17 +142,19 @@ def test_trace_from_the_command_line(finished, capsys):
 
 
 def test_summary_is_mean_and_spread(tmp_path):
-    """Over the chosen rows of several files, by hand; another file is refused."""
-    settings = dict(method="smartbert", no_skipping=False, no_contrast=False, soft_gates=False, gate_bias=-2.0, weights="w")
-    scores, files = (.5, .6, .9), []
+    """Over the chosen rows of several seeds, by hand; a run with another setting stands alone; another file is refused."""
+    scores, files = (.5, .6, .9, .3), []
     for i, score in enumerate(scores):
         rows = [vars(row("plain", .1, 1., chosen=True)), vars(row("both", .2, .9, .1)),
                 vars(row("both", score, score / 2, .2, chosen=True))]
+        settings = dict(task="cola", method="smartbert", weights="w", seed=i, budget=.5 if i < 3 else .4)
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
-    line = next(l for l in evaluation.summary([str(f) for f in files]).splitlines() if " both " in l)
-    assert line.split()[-8:] == ["both", "3", f"{statistics.mean(scores):.3f}", "+-", f"{statistics.stdev(scores):.3f}",
-                                 f"{statistics.mean(scores) / 2:.3f}", "+-", f"{statistics.stdev(scores) / 2:.3f}"]
+    alone, line = [l for l in evaluation.summary([str(f) for f in files]).splitlines() if " both " in l]
+    mean, spread = statistics.mean(scores[:3]), statistics.stdev(scores[:3])
+    assert line.split()[-9:] == ["budget=0.5", "both", "3", f"{mean:.3f}", "+-", f"{spread:.3f}", f"{mean / 2:.3f}", "+-",
+                                 f"{spread / 2:.3f}"]
+    assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(RunError, match="x.json"):
         evaluation.summary([str(tmp_path / "x.json")])
