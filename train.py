@@ -69,7 +69,7 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient")
     dropout: float = flag(0.1, "of hidden states and attention")
     max_length: int = flag(128, "tokens of an example; longer ones are cut")
-    held_out: float = flag(0.1, "share of the training set on which the best epoch is picked")
+    held_out: float = flag(0.1, "share of the training set on which epoch and threshold are picked; with 0 the dev set is the judge")
     limit: int | None = flag(None, "use only so many training rows")
     seed: int = flag(50, "of weights, order and dropout")
     # the paper's ablations
