@@ -7,7 +7,7 @@
     python eval.py runs/toy --trace "the cat is not kind"         # one sentence on its way through the layers
     python eval.py runs/toy --trace-examples 2                    # the two easiest and hardest of the dev set
     python eval.py runs/toy --predict sentences.txt               # answers for your own, - for standard input
-    python eval.py --summary results/*.json                       # mean and spread over the seeds of a study
+    python eval.py --summary results/*-*.json                     # mean and spread over the seeds of a study
 
 A run is measured four ways on the dev set: *plain* (every layer, the last head: BERT), *skip* (gates only), *exit*
 (exits only) and *both*. Thresholds are chosen on the part of the training set that was held out. FLOPs are counted on

@@ -160,6 +160,21 @@ def test_summary_is_mean_and_spread(tmp_path):
         evaluation.summary([str(tmp_path / "x.json")])
 
 
+def test_the_shipped_results_are_whole():
+    """Every run in results/ takes part in the summary, and every toy figure of the README's table stands in its file."""
+    folder = Path(__file__).parent.parent / "results"
+    paths = sorted(folder.glob("*-*.json"))
+    assert paths and len(evaluation.summary([str(path) for path in paths]).splitlines()) > 1
+    rows = json.loads((folder / "toy-50.json").read_text())["rows"]
+    printed = (folder.parent / "README.md").read_text().split("in seconds\n")[1].split("\n...")[0].splitlines()
+    for line in printed:
+        mode, *numbers = (word.removesuffix("x") for word in line.removesuffix("*").split())
+        r = next(r for r in rows if r["mode"] == mode and (len(numbers) == 6 or f"{r['threshold']:g}" == numbers[0]))
+        speed = [1 / r["flops"], rows[0]["seconds"] / r["seconds"]]
+        assert numbers[-6:] == [f"{r['score']:.3f}", f"{r['held_out']:.3f}", f"{r['layers']:.2f}", f"{r['flops']:.3f}",
+                                *(f"{value:.2f}" for value in speed)]
+
+
 def test_pictures(finished, capsys):
     """Where matplotlib is installed: five PNG files; where not: one line that says how to get it."""
     ask = [str(finished), "--plot", "--criteria", "--repeats", "0", "--thresholds", "0.2", "0.5", "--device", "cpu"]
