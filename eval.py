@@ -435,9 +435,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings, model = load_run(arguments.run, device)
     folder, task = Path(arguments.run).expanduser(), data.find_task(settings["task"])
     L, C = len(model.gates), len(task.labels)
+    smart, skipping = settings["method"] == "smartbert", settings["method"] == "smartbert" and not settings["no_skipping"]
+    if (arguments.plot or arguments.criteria) and not smart:
+        raise RunError(f"{folder} is a plain BERT: --plot and --criteria look at gates and exits, which it does not have")
     if arguments.plot:
         pyplot()                                            # what is missing is better said before the work
-    smart, skipping = settings["method"] == "smartbert", settings["method"] == "smartbert" and not settings["no_skipping"]
     # The default sweep: shares of the largest entropy that C classes can have.
     thresholds = arguments.thresholds or [
         round(share * math.log(C), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
@@ -497,7 +499,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(f"\n{chosen}:\n{bars(chosen)}")
         for warning in warnings(rows, floor):
             print(f"warning: {warning}")
-        others = criteria(model, split, task, device) if arguments.criteria and smart else []
+        others = criteria(model, split, task, device) if arguments.criteria else []
         if others:
             print("\n" + criteria_table(others))
         # What the run was trained with, without the folders of one machine.
@@ -510,7 +512,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
         data.write_json(path, result)
         print(f"\nwrote {path}")
-        if arguments.plot and smart and name == task.devs[0]:
+        if arguments.plot and name == task.devs[0]:
             plot(folder, rows, chosen, predict(model, pools(split, device), chosen), others, task.metrics[0])
 
 

@@ -196,6 +196,8 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, [finished, "--target-speedup", "0"], "--target-speedup 0", "from 1")
     refused(evaluation.main, [finished, "--trace-examples", "-1"], "from 1")
     refused(evaluation.main, [], "runs/toy")
+    train.main(["--method", "bert", "--limit", "40", "--epochs1", "1", "--device", "cpu", "--out", str(tmp_path / "bert")])
+    refused(evaluation.main, [tmp_path / "bert", "--criteria"], "plain BERT")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
