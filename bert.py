@@ -222,17 +222,22 @@ def read_config(folder: Path) -> BertConfig:
     return BertConfig(**{name: value for name, value in values.items() if name in known})
 
 
+def read_file(path: Path, advice: str) -> dict:
+    """What torch.save wrote, without running any code that may stand in it. Raises WeightsError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        raise WeightsError(f"{path} is truncated or no PyTorch file: {advice}")
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no table of tensors: {advice}")
+    return content
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of pytorch_model.bin, or of model.safetensors where the package safetensors is installed."""
     path = folder / "pytorch_model.bin"
     if path.is_file():
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            raise WeightsError(f"{path} is truncated or no PyTorch weights file: download it again")
-        if not isinstance(tensors, dict):
-            raise WeightsError(f"{path} holds no table of tensors: download it again")
-        return tensors
+        return read_file(path, "download it again")
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")

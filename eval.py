@@ -7,7 +7,8 @@
     python eval.py runs/toy --trace "the cat is not kind"         # one sentence on its way through the layers
     python eval.py runs/toy --trace-examples 2                    # the two easiest and hardest of the dev set
     python eval.py runs/toy --predict sentences.txt               # answers for your own, - for standard input
-    python eval.py --summary results/*-*.json                     # mean and spread over the seeds of a study
+    python eval.py --summary results/*-*.json                     # mean and spread over the seeds of a study; the choice
+                                                                  # may be another: --target-speedup, --max-drop
 
 A run is measured four ways on the dev set: *plain* (every layer, the last head: BERT), *skip* (gates only), *exit*
 (exits only) and *both*. Thresholds are chosen on the part of the training set that was held out. FLOPs are counted on
@@ -18,7 +19,6 @@ nothing, taken in turn with plain's. The paper's experiments, in one table.
 import argparse
 import json
 import math
-import pickle
 import statistics
 import sys
 import time
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import data
-from bert import Bert, BertConfig, WeightsError
+from bert import Bert, BertConfig, WeightsError, read_file
 from data import Batch, DataError, Split, Task
 from smartbert import (Criterion, Outcome, SmartBert, entropy_below, first_correct, fixed_layer, flops, infer, patience,
                        plain_flops, probability_above, trace)
@@ -57,14 +57,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_file(path: Path) -> dict:
-    """A .pt file that train.py wrote. Raises RunError where it is missing, truncated or of another version."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    """A .pt file that train.py wrote. Raises RunError where it is missing or of another version, WeightsError where it
+    is truncated."""
+    if not path.is_file():
         raise RunError(f"{path} is not there: is {path.parent} a run that train.py has finished?")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        raise RunError(f"{path} is truncated or no file of train.py's: train again")
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    content = read_file(path, "train again")
+    if content.get("version") != VERSION:
         raise RunError(f"{path} was written by another version of this project: train again")
     return content
 
@@ -114,7 +112,7 @@ def pools(split: Split, device: str | torch.device = "cpu") -> list[Batch]:
     return [batch.to(device) for batch in data.batches(split, size)]
 
 
-def run(model: SmartBert, batch: Batch, way: Way) -> Outcome:
+def run_pool(model: SmartBert, batch: Batch, way: Way) -> Outcome:
     """`infer` on one pool. On a GPU larger batches are full."""
     return infer(model, batch.ids, batch.types, batch.mask, skip=way.skip, leave=way.leave(batch.labels),
                  batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
@@ -123,7 +121,7 @@ def run(model: SmartBert, batch: Batch, way: Way) -> Outcome:
 def predict(model: SmartBert, batches: list[Batch], way: Way) -> Outcome:
     """Every pool; the outcome in the order of the split (N rows), on the CPU."""
     model.eval()
-    parts = [run(model, batch, way) for batch in batches]
+    parts = [run_pool(model, batch, way) for batch in batches]
     order = torch.cat([batch.index for batch in batches]).argsort().cpu()
     return Outcome(*(torch.cat([getattr(part, f.name) for part in parts]).cpu()[order] for f in fields(Outcome)))
 
@@ -139,7 +137,8 @@ class Row(Way):
     skip_rate: list[float]          # share of the rows that reached layer i and skipped it
     exit_histogram: list[int]       # rows that left at layer i; the last counts all who reached the end
     levels: list[dict] | None       # of the toy: examples, accuracy, layers of each level
-    held_out: float | None = None   # the score on the held-out part of the training set
+    held_out: float | None = None   # the score on the held-out part of the training set, and the FLOPs there
+    held_out_flops: float | None = None
     chosen: bool = False            # the one to take among those of its mode, by `choose` on the held-out part
 
 
@@ -172,7 +171,7 @@ def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], repeats: 
     def once(row: Row) -> float:
         start = time.perf_counter()
         for batch in batches:
-            run(model, batch, row)
+            run_pool(model, batch, row)
         if batches[0].ids.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -185,36 +184,37 @@ def time_rows(model: SmartBert, batches: list[Batch], rows: list[Row], repeats: 
 
 # --- Accounts and warnings --------------------------------------------------------------------------------------------
 
-def sweep(model: SmartBert, split: Split, held: Split | None, task: Task, ways: list[Way], device: torch.device, *,
-          max_drop: float = 1.0, speedup: float | None = None, repeats: int = 3) -> list[Row]:
-    """The table's rows, one for each way (the first is plain), measured and timed side by side; in every mode the one is
-    marked that `choose` takes on the held-out split."""
+def sweep(model: SmartBert, split: Split, held: Split | None, task: Task, ways: list[Way], device: torch.device,
+          repeats: int = 3) -> list[Row]:
+    """The table's rows, one for each way (the first is plain), measured and timed side by side, with what each gives on
+    the held-out split."""
     batches = pools(split, device)
     rows = [measure(model, split, task, batches, way) for way in ways]
     if held is not None and len(held):
         batches_held = pools(held, device)
-        rehearsal = [measure(model, held, task, batches_held, way) for way in ways]
-        for row, other in zip(rows, rehearsal):
-            row.held_out = other.score
-        for i in choose(rehearsal, max_drop, speedup):
-            rows[i].chosen = True
+        for row in rows:
+            other = measure(model, held, task, batches_held, Way(row.mode, row.threshold))
+            row.held_out, row.held_out_flops = other.score, other.flops
     if repeats:
         time_rows(model, batches, rows, repeats)
     return rows
 
 
-def choose(rows: list[Row], max_drop: float, speedup: float | None = None) -> list[int]:
-    """Which row of each mode to take: the cheapest whose score is at most max_drop points below the best row without
-    exits; or, for a target speed-up in FLOPs, the best score among those that reach it. Where none does: the best score,
-    or the cheapest."""
-    floor, taken = max(row.score for row in rows if row.mode in ("plain", "skip")) - max_drop / 100, []
-    cost, score = (lambda i: -rows[i].flops), (lambda i: rows[i].score)
+def choose(rows: list[Row], max_drop: float = 1.0, speedup: float | None = None) -> None:
+    """Mark the row of each mode to take, by what it gave on held-out data: the cheapest whose score is at most max_drop
+    points below the best row without exits; or, for a target speed-up in FLOPs, the best score among those that reach
+    it. Where none does: the best score, or the cheapest. Without held-out data none is marked."""
+    if any(row.held_out is None for row in rows):
+        return
+    floor = max(row.held_out for row in rows if row.mode in ("plain", "skip")) - max_drop / 100
+    cost, score = (lambda row: -row.held_out_flops), (lambda row: row.held_out)
     best, otherwise = (score, cost) if speedup else (cost, score)
     for mode in dict.fromkeys(row.mode for row in rows):
-        ours = [i for i, row in enumerate(rows) if row.mode == mode]
-        enough = [i for i in ours if (rows[i].flops <= 1 / speedup if speedup else rows[i].score >= floor)]
-        taken.append(max(enough, key=best) if enough else max(ours, key=otherwise))
-    return taken
+        ours = [row for row in rows if row.mode == mode]
+        enough = [row for row in ours if (row.held_out_flops <= 1 / speedup if speedup else row.held_out >= floor)]
+        taken = max(enough, key=best) if enough else max(ours, key=otherwise)
+        for row in ours:
+            row.chosen = row is taken
 
 
 def warnings(rows: list[Row], floor: float) -> list[str]:
@@ -249,6 +249,28 @@ def table(rows: list[Row], metric: str, layers: int) -> str:
                      f"{1 / row.flops:>17.2f}x {seconds:>11}{mark}")
     return "\n".join(lines) + (f"\n(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted; "
                                f"* chosen on held-out data)")
+
+
+def account(settings: dict, name: str, split: Split, rows: list[Row], others: list[Row], layers: int, device: str) -> dict:
+    """What goes to eval.json: the rows, what they were measured on, and what the run was trained with, without the
+    folders of one machine."""
+    task = data.find_task(settings["task"])
+    recipe = {key: value for key, value in settings.items()
+              if key not in ("data_dir", "cache", "out", "device", "resume", "overwrite", "version")}
+    recipe["weights"] = settings["weights"] and Path(settings["weights"]).name
+    result = {"task": task.name, "split": name, "partial": split.partial, "metric": task.metrics[0], "examples": len(split),
+              "majority": data.majority(task, split.labels)[task.metrics[0]], "layers": layers, "device": device,
+              "settings": recipe, "rows": [vars(row) for row in rows]}
+    return result | ({"criteria": [vars(row) for row in others]} if others else {})
+
+
+def report(result: dict, rows: list[Row], best: Row, others: list[Row]) -> str:
+    """What eval.py prints: the table, the layers of the best row, warnings, the criteria."""
+    partial = " (partial data: not the GLUE task)" if result["partial"] else ""
+    parts = [f"{result['task']} {result['split']}{partial}: {result['examples']} examples, majority class "
+             f"{result['majority']:.3f}", table(rows, result["metric"], result["layers"]), f"{best}:\n{bars(best)}"]
+    parts[-1] += "".join(f"\nwarning: {warning}" for warning in warnings(rows, result["majority"]))
+    return "\n\n".join(parts + ([criteria_table(others)] if others else []))
 
 
 def bars(row: Row) -> str:
@@ -294,24 +316,26 @@ def criteria_table(rows: list[Row]) -> str:
     return "\n".join(lines) + f"\nthe oracle reaches {best.score:.3f} at {best.flops:.3f}: no criterion can pass it"
 
 
-def summary(paths: list[str]) -> str:
-    """Mean and standard deviation over the seeds of a study, from the eval.json of its runs. Raises RunError."""
+def summary(paths: list[str], max_drop: float = 1.0, speedup: float | None = None) -> str:
+    """Mean and standard deviation over the seeds of a study, from the eval.json of its runs, each with the threshold that
+    `choose` takes. Raises RunError."""
     results, groups = [], {}
     for path in paths:
         try:
-            results.append(json.loads(Path(path).read_text()))
-            results[-1]["rows"] = [row for row in results[-1]["rows"] if row["chosen"]]
-            results[-1]["run"] = tuple(results[-1]["settings"][name] or "" for name in ("task", "weights", "method"))
+            result = json.loads(Path(path).read_text())
+            rows = [Row(**row) for row in result["rows"]]
+            choose(rows, max_drop, speedup)
+            name = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}",
+                    result["settings"]["weights"] or "", result["settings"]["method"])
+            results.append((name, result["settings"], [row for row in rows if row.chosen]))
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{path} is no eval.json of this version: evaluate the run again")
-    for result in results:                                  # runs that differ in no more than the seed belong together
-        alike = [other["settings"] for other in results if other["run"] == result["run"]]
-        differ = [f" {name}={value}" for name, value in result["settings"].items()
-                  if name != "seed" and any(other.get(name) != value for other in alike)]
-        for row in result["rows"]:
-            key = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}", result["run"][1],
-                   result["run"][2] + "".join(differ), row["mode"])
-            groups.setdefault(key, []).append(row)
+    for name, settings, rows in results:                    # runs that differ in no more than the seed belong together
+        alike = [other for other_name, other, _ in results if other_name == name]
+        differ = "".join(f" {key}={value}" for key, value in settings.items()
+                         if key != "seed" and any(other.get(key) != value for other in alike))
+        for row in rows:
+            groups.setdefault((*name[:2], name[2] + differ, row.mode), []).append(row)
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
@@ -319,7 +343,7 @@ def summary(paths: list[str]) -> str:
     lines = [f"{'data':<18} {'weights':<10} {'run':<26} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14}"]
     for (task, weights, what, mode), rows in sorted(groups.items()):
         lines.append(f"{task:<18} {weights:<10} {what:<26} {mode:<6} {len(rows):>5} "
-                     f"{cell([row['score'] for row in rows]):>14} {cell([row['flops'] for row in rows]):>14}")
+                     f"{cell([row.score for row in rows]):>14} {cell([row.flops for row in rows]):>14}")
     return "\n".join(lines)
 
 
@@ -340,6 +364,25 @@ def read_examples(path: str) -> list[list[str]]:
     lines = (sys.stdin.read().rstrip("\n").split("\n") if path == "-" else
              data.read_lines(Path(path), "name a file with a sentence a line, or - for standard input"))
     return [line.split("\t") for line in lines]
+
+
+def chosen_threshold(folder: Path, mode: str, otherwise: float) -> float:
+    """The threshold that was chosen for a mode when the run was evaluated; otherwise where it was not yet."""
+    try:
+        rows = json.loads((folder / "eval.json").read_text())["rows"]
+        return next(row["threshold"] for row in rows if row["mode"] == mode and row["chosen"])
+    except (OSError, ValueError, KeyError, StopIteration):
+        return otherwise
+
+
+def show_traces(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome, n: int | None) -> None:
+    """Print the way of every example through the layers; or, of a labelled split, of its n cheapest and n dearest."""
+    order = outcome.ran.sum(1).argsort(stable=True).tolist()
+    for i in order[:n] + order[-n:] if n else order:
+        if n:
+            print(f"\nlabel {task.labels[split.labels[i]]}: {' | '.join(text for text in split.texts[i] if text)}")
+        one = Outcome(*(value[i:i + 1] for value in vars(outcome).values()))
+        print(f"{trace(model, torch.tensor([len(split.ids[i])]), one, task.labels, sys.stdout.isatty())}; {way}")
 
 
 def pyplot():
@@ -404,7 +447,7 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
            title=str(row))
 
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"step"' in line]
-    gated, end = [line["run"] for line in steps if "run" in line], len(steps) + 0.5
+    gated, end = [line["ran"] for line in steps if "ran" in line], len(steps) + 0.5
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
     upper.plot(np.arange(1, end), [line["loss"] for line in steps], color=blue)
     upper.set(ylabel="loss", title="phase 1, then (dashed) phase 2")
@@ -430,90 +473,59 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks with one run. Raises DataError, RunError."""
+    """Do what the command line asks with one run. Raises DataError, WeightsError, RunError."""
     device = pick_device(arguments.device)
     settings, model = load_run(arguments.run, device)
     folder, task = Path(arguments.run).expanduser(), data.find_task(settings["task"])
-    L, C = len(model.gates), len(task.labels)
-    smart, skipping = settings["method"] == "smartbert", settings["method"] == "smartbert" and not settings["no_skipping"]
+    smart = settings["method"] == "smartbert"
+    modes = ["plain"] + ["skip"] * (smart and not settings["no_skipping"]) + ["exit"] * smart
+    modes += ["both"] * ("skip" in modes)
     if (arguments.plot or arguments.criteria) and not smart:
         raise RunError(f"{folder} is a plain BERT: --plot and --criteria look at gates and exits, which it does not have")
     if arguments.plot:
         pyplot()                                            # what is missing is better said before the work
     # The default sweep: shares of the largest entropy that C classes can have.
     thresholds = arguments.thresholds or [
-        round(share * math.log(C), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
+        round(share * math.log(len(task.labels)), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)]
     tokenizer = data.load_tokenizer(folder)
 
     def encode(split: Split) -> Split:
         return data.encode(tokenizer, split, settings["max_length"])
 
-    def show(example: Split, way: Way) -> None:
-        batch = data.collate(example, [0]).to(device)
-        print(trace(model, batch.mask.sum(1), run(model, batch, way), task.labels, sys.stdout.isatty()) + f"; {way}")
-
-    def best_way() -> Way:
-        """What --trace and --predict use: the threshold named, or the one chosen when the run was evaluated."""
-        mode, path = "both" if skipping else "exit" if smart else "plain", folder / "eval.json"
-        try:
-            rows = json.loads(path.read_text())["rows"]
-            chosen = [row["threshold"] for row in rows if row["mode"] == mode and row["chosen"]]
-        except (OSError, ValueError, KeyError):
-            chosen = []                                     # not evaluated yet
-        threshold = thresholds[0] if arguments.thresholds or not chosen else chosen[0]
-        return Way(mode, threshold if smart else None)
-
-    if arguments.trace:
-        show(encode(own_examples([arguments.trace], task)), best_way())
-        return
-    if arguments.predict:
-        split = encode(own_examples(read_examples(arguments.predict), task))
-        outcome = predict(model, pools(split, device), best_way())
-        for logits, layers in zip(outcome.logits, outcome.ran.sum(1).tolist()):
-            print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{layers}")
-        return
-    splits = {name: encode(split) for name, split in data.load_task(
-        task.name, arguments.data_dir or settings["data_dir"], settings["cache"]).items()}
-    if arguments.trace_examples:
-        split, way = splits[task.devs[0]], best_way()
-        order = predict(model, pools(split, device), way).ran.sum(1).argsort(stable=True).tolist()
-        for i in order[:arguments.trace_examples] + order[-arguments.trace_examples:]:
-            print(f"\nlabel {task.labels[split.labels[i]]}: {' | '.join(text for text in split.texts[i] if text)}")
-            show(split.select([i]), way)
+    if arguments.trace or arguments.predict:
+        texts = [arguments.trace] if arguments.trace else read_examples(arguments.predict)
+        splits = {"own": encode(own_examples(texts, task))}
+    else:
+        splits = {name: encode(split) for name, split in data.load_task(
+            task.name, arguments.data_dir or settings["data_dir"], settings["cache"]).items()}
+    if arguments.trace or arguments.predict or arguments.trace_examples:
+        threshold = arguments.thresholds[0] if arguments.thresholds else chosen_threshold(folder, modes[-1], thresholds[0])
+        way = Way(modes[-1], threshold if smart else None)
+        split = splits.get("own") or splits[task.devs[0]]
+        outcome = predict(model, pools(split, device), way)
+        if arguments.predict:
+            for logits, layers in zip(outcome.logits, outcome.ran.sum(1).tolist()):
+                print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{layers}")
+        else:
+            show_traces(model, split, task, way, outcome, arguments.trace_examples)
         return
 
     training = splits["train"].select(range(min(settings["limit"] or len(splits["train"]), len(splits["train"]))))
     held = data.hold_out(training, settings["held_out"], settings["seed"])[1]
-    ways = [Way("plain")] + [Way("skip")] * skipping
-    for mode in ("exit",) * smart + ("both",) * skipping:
-        ways += [Way(mode, threshold) for threshold in thresholds]
+    ways = [Way(mode, threshold) for mode in modes for threshold in (thresholds if mode in ("exit", "both") else [None])]
     for name in task.devs:
-        split = splits[name]
-        rows = sweep(model, split, held, task, ways, device, max_drop=arguments.max_drop,
-                     speedup=arguments.target_speedup, repeats=arguments.repeats)
-        floor = data.majority(task, split.labels)[task.metrics[0]]
-        partial = " (partial data: not the GLUE task)" if split.partial or splits["train"].partial else ""
-        print(f"\n{task.name} {name}{partial}: {len(split)} examples, majority class {floor:.3f}\n")
-        print(table(rows, task.metrics[0], L))
-        chosen = next((row for row in reversed(rows) if row.chosen), rows[-1])
-        print(f"\n{chosen}:\n{bars(chosen)}")
-        for warning in warnings(rows, floor):
-            print(f"warning: {warning}")
-        others = criteria(model, split, task, device) if arguments.criteria else []
-        if others:
-            print("\n" + criteria_table(others))
-        # What the run was trained with, without the folders of one machine.
-        recipe = {key: value for key, value in settings.items()
-                  if key not in ("data_dir", "cache", "out", "device", "resume", "overwrite", "version")}
-        recipe["weights"] = settings["weights"] and Path(settings["weights"]).name
-        result = {"task": task.name, "split": name, "partial": bool(partial), "metric": task.metrics[0],
-                  "examples": len(split), "majority": floor, "layers": L, "device": device.type, "settings": recipe,
-                  "rows": [vars(row) for row in rows]} | ({"criteria": [vars(row) for row in others]} if others else {})
+        rows = sweep(model, splits[name], held, task, ways, device, arguments.repeats)
+        choose(rows, arguments.max_drop, arguments.target_speedup)
+        others = criteria(model, splits[name], task, device) if arguments.criteria else []
+        best = next((row for row in reversed(rows) if row.chosen), rows[-1])
+        splits[name].partial |= splits["train"].partial
+        result = account(settings, name, splits[name], rows, others, len(model.gates), device.type)
+        print(f"\n{report(result, rows, best, others)}")
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
         data.write_json(path, result)
         print(f"\nwrote {path}")
         if arguments.plot and name == task.devs[0]:
-            plot(folder, rows, chosen, predict(model, pools(split, device), chosen), others, task.metrics[0])
+            plot(folder, rows, best, predict(model, pools(splits[name], device), best), others, task.metrics[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -539,7 +551,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check(asked)
         if asked.summary:
-            print(summary(asked.summary))
+            print(summary(asked.summary, asked.max_drop, asked.target_speedup))
         else:
             evaluate(asked)
     except (DataError, WeightsError, RunError) as error:

@@ -168,12 +168,12 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
 
 @dataclass
 class Phase1:
-    """What phase 1's loss is made of: scalars, and run: 1 - g as used, for each row and layer (B, L)."""
+    """What phase 1's loss is made of: scalars, and ran: 1 - g as used, for each row and layer (B, L)."""
     loss: Tensor
     task: Tensor
     push: Tensor
     contrast: Tensor
-    run: Tensor
+    ran: Tensor
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *, hard: bool,
@@ -322,12 +322,12 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
     for rows, s, _ in in_batches(waiting):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], types[rows, :s])
     for i, layer in enumerate(model.bert.layers):
-        run = waiting
+        running = waiting
         if skip and len(waiting):
             g = torch.cat([model.gates[i](h[rows, :s], m) for rows, s, m in in_batches(waiting)])
             gates[waiting, i] = g.float()
-            run = waiting[g < 0.5]
-        for rows, s, m in in_batches(run):
+            running = waiting[g < 0.5]
+        for rows, s, m in in_batches(running):
             out = layer(h[rows, :s], m)                                                 # (n, s, H)
             h[rows, :s] = out
             ran[rows, i] = True

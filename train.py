@@ -185,7 +185,7 @@ def save(path: Path, **content) -> None:
 
 
 def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int, progress: float, hard: bool) -> dict:
-    """The step's loss, and what it is made of (scalars; run: share of rows that ran each layer, (L,))."""
+    """The step's loss, and what it is made of (scalars; ran: share of rows that ran each layer, (L,))."""
     inputs = (batch.ids, batch.types, batch.mask, batch.labels)
     if settings.method == "bert":
         return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
@@ -193,7 +193,7 @@ def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int,
     if phase == 2:
         return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2)}
     result = phase1_loss(model, *inputs, hard=hard, push=push_now(settings, progress), eta1=eta1, tau1=settings.tau1)
-    return vars(result) | {"run": result.run.mean(0)}
+    return vars(result) | {"ran": result.ran.mean(0)}
 
 
 def observe(model: SmartBert, watched: dict, settings: Settings, phase: int) -> dict:
@@ -290,7 +290,7 @@ def train(settings: Settings) -> Path:
                 means = {name: torch.stack([r[name] for r in recent]).float().mean(0).tolist() for name in recent[0]}
                 log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1} | means)
                 recent = []
-                bar.set_postfix(loss=f"{means['loss']:.3f}", run=f"{np.mean(means.get('run', 1)):.2f}", refresh=False)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", ran=f"{np.mean(means.get('ran', 1)):.2f}", refresh=False)
 
         line = {"phase": phase, "epoch": epoch + 1, "seconds": round(time.time() - start, 1)}
         line |= observe(model, watched, settings, phase)

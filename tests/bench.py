@@ -101,7 +101,7 @@ def main() -> None:
                 theirs, same, plain = in_turn(
                     lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given],
                     lambda: [model(b.ids, b.types, b.mask) for b in given],
-                    lambda: [evaluation.run(model, b, evaluation.Way("plain")) for b in pooled], rounds=rounds)
+                    lambda: [evaluation.run_pool(model, b, evaluation.Way("plain")) for b in pooled], rounds=rounds)
             note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
             note(f"{task}: whole dev set as each would run it / transformers", plain, theirs)
     # Training: a step of ours against plain fine-tuning of the peer, on the same batches, dropout on in both.
@@ -146,12 +146,12 @@ def main() -> None:
         split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
         ways = [evaluation.Way("plain"), evaluation.Way("skip")]
         ways += [evaluation.Way(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
-        rows = evaluation.sweep(trained, split, None, task, ways, device, repeats=rounds)
+        rows = evaluation.sweep(trained, split, None, task, ways, device, rounds)
         for row in rows[1:]:
             note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
         pooled, leave = evaluation.pools(split, device), entropy_below(0.28)
         singly = [data.collate(split, [i]).to(device) for i in range(len(split))]
-        many = lambda: [evaluation.run(trained, b, evaluation.Way("both", 0.28)) for b in pooled]
+        many = lambda: [evaluation.run_pool(trained, b, evaluation.Way("both", 0.28)) for b in pooled]
         one = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave, batch_tokens=1) for b in singly]
         note(f"{task.name} both at threshold 0.28 / one example at a time", *in_turn(many, one, rounds=min(rounds, 3)))
     if arguments.json:

@@ -26,8 +26,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def row(mode: str, score: float, flops: float, threshold: float | None = None, **more) -> Row:
-    return Row(mode, threshold, score=score, scores={}, layers=1.0, flops=flops, skip_rate=[], exit_histogram=[],
-               levels=None, **more)
+    """A row whose held-out figures are these; its dev figures are worse and dearer, and have no say."""
+    return Row(mode, threshold, score=score / 2, scores={}, layers=1.0, flops=2 * flops, skip_rate=[], exit_histogram=[],
+               levels=None, held_out=score, held_out_flops=flops, **more)
 
 
 ROWS = [row("plain", .90, 1.), row("skip", .91, .5), row("exit", .92, .8, .1), row("exit", .901, .4, .2),
@@ -42,13 +43,14 @@ ROWS = [row("plain", .90, 1.), row("skip", .91, .5), row("exit", .92, .8, .1), r
     (1.0, 4.0, 0.3, 0.2),
     (1.0, 50.0, 0.3, 0.3)])         # nobody is as cheap as that: the cheapest
 def test_choice(max_drop, speedup, exits, both):
-    taken = [ROWS[i] for i in choose(ROWS, max_drop, speedup)]
+    choose(ROWS, max_drop, speedup)
+    taken = [r for r in ROWS if r.chosen]
     assert [(r.mode, r.threshold) for r in taken] == [("plain", None), ("skip", None), ("exit", exits), ("both", both)]
 
 
 def test_score_at_the_same_cost():
     """Between two rows lies a mixture of them; outside of all rows there is nothing."""
-    rows = [row("exit", .6, .2), row("exit", .9, .8), row("exit", .8, .4)]
+    rows = [row("exit", 1.2, .1), row("exit", 1.8, .4), row("exit", 1.6, .2)]
     assert at_cost(rows, .3) == pytest.approx(.7)
     assert at_cost(rows, .7) == pytest.approx(.875)
     assert str(at_cost(rows, .1)) == str(at_cost(rows, .9)) == "nan"
@@ -73,7 +75,9 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
         tokens = batch.mask.sum(1)
         share = evaluation.flops(model, tokens, outcome).sum() / evaluation.plain_flops(model, tokens).sum()
         again.append(row(mode, r["held_out"], share.item(), r["threshold"]))
-    assert [i for i, r in enumerate(result["rows"]) if r["chosen"]] == choose(again, 1.0, 2.0)
+        assert r["held_out_flops"] == pytest.approx(share.item())
+    choose(again, 1.0, 2.0)
+    assert [r["chosen"] for r in result["rows"]] == [r.chosen for r in again]
     # the criteria: all layers at the last one is plain BERT, and none is better than the oracle
     others = result["criteria"]
     last = next(r for r in others if r["criterion"] == "layer" and r["threshold"] == 6)
@@ -142,11 +146,12 @@ def test_trace_from_the_command_line(finished, capsys):
 
 
 def test_summary_is_mean_and_spread(tmp_path):
-    """Over the chosen rows of several seeds, by hand; a run with another setting stands alone; another file is refused."""
+    """Over the chosen rows of several seeds, by hand, and with another choice; a run with another setting stands alone;
+    another file is refused."""
     scores, files = (.5, .6, .9, .3), []
     for i, score in enumerate(scores):
-        rows = [vars(row("plain", .1, 1., chosen=True)), vars(row("both", .2, .9, .1)),
-                vars(row("both", score, score / 2, .2, chosen=True))]
+        rows = [vars(row("plain", .1, 1.)), vars(row("both", 2 * score, score / 4, .2)), vars(row("both", 2 * score, .9, .1)),
+                vars(row("both", .02, .01, .3))]
         settings = dict(task="cola", method="smartbert", weights="w", seed=i, budget=.5 if i < 3 else .4)
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
@@ -155,6 +160,8 @@ def test_summary_is_mean_and_spread(tmp_path):
     assert line.split()[-9:] == ["budget=0.5", "both", "3", f"{mean:.3f}", "+-", f"{spread:.3f}", f"{mean / 2:.3f}", "+-",
                                  f"{spread / 2:.3f}"]
     assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
+    dear = [l for l in evaluation.summary([str(f) for f in files], speedup=99).splitlines() if " both " in l][1]
+    assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(RunError, match="x.json"):
         evaluation.summary([str(tmp_path / "x.json")])
