@@ -321,8 +321,11 @@ def summary(paths: list[str], max_drop: float = 1.0, speedup: float | None = Non
     `choose` takes. Raises RunError."""
     results, groups = [], {}
     for path in paths:
+        path = Path(path) / "eval.json" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise RunError(f"{path} is not there: name the eval.json files of runs, or the runs' folders")
         try:
-            result = json.loads(Path(path).read_text())
+            result = json.loads(path.read_text())
             rows = [Row(**row) for row in result["rows"]]
             choose(rows, max_drop, speedup)
             name = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}",
@@ -354,8 +357,9 @@ def own_examples(texts: list[list[str]], task: Task) -> Split:
     pair = bool(task.columns) and task.columns[1] is not None
     for number, text in enumerate(texts, 1):
         if len(text) != 1 + pair or not all(part.strip() for part in text):
-            raise DataError(f"example {number} is {' | '.join(text)!r}, but {task.name} takes "
-                            f"{'two sentences, in a file with a tab between them' if pair else 'one sentence'}")
+            raise DataError(f"example {number} is {repr(' | '.join(text)) if any(text) else 'empty'}, but {task.name} takes "
+                            f"{'two sentences, in a file with a tab between them' if pair else 'one sentence'}: in quotes "
+                            f"on the command line, a line each in a file")
     return Split([(text[0], text[1] if pair else None) for text in texts], [0] * len(texts))
 
 
@@ -428,13 +432,13 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
     axes, places = plt.subplots()[1], np.arange(1, L + 1)
     axes.bar(places - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
     axes.bar(places + 0.2, [n / total for n in row.exit_histogram], 0.4, color=blue, label="left after it")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     finish(axes, "layers.png", xlabel="layer", ylabel="share of examples", title=str(row), xticks=places, ylim=(0, 1))
 
     # Each example a column, the cheapest first; 0 not reached, 1 skipped, 2 run, 3 run and left
-    left = outcome.exit[:, None] == torch.arange(1, L + 1)
-    reached = outcome.exit[:, None] >= torch.arange(1, L + 1)
-    picture = reached.int() + outcome.ran + (outcome.ran & left)
+    layer = torch.arange(1, L + 1)
+    left = (outcome.exit[:, None] == layer) & (layer < L)
+    picture = (outcome.exit[:, None] >= layer).int() + outcome.ran + left
     order = np.lexsort((outcome.exit.numpy(), outcome.ran.sum(1).numpy()))
     axes = plt.subplots()[1]
     colours = ["white", "#F0E442", blue, "black"]
@@ -447,7 +451,7 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
            title=str(row))
 
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"step"' in line]
-    gated, end = [line["ran"] for line in steps if "ran" in line], len(steps) + 0.5
+    gated, end = [line["run"] for line in steps if "run" in line], len(steps) + 0.5
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
     upper.plot(np.arange(1, end), [line["loss"] for line in steps], color=blue)
     upper.set(ylabel="loss", title="phase 1, then (dashed) phase 2")
@@ -465,11 +469,14 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
 def check(arguments: argparse.Namespace) -> None:
     """Raises RunError for a number that makes no sense."""
     for name, values in (("thresholds", arguments.thresholds or []), ("target-speedup", [arguments.target_speedup]),
-                         ("trace-examples", [arguments.trace_examples]), ("repeats", [arguments.repeats])):
+                         ("trace-examples", [arguments.trace_examples]), ("repeats", [arguments.repeats]),
+                         ("max-drop", [arguments.max_drop])):
         for value in values:
             low = 1 if name in ("target-speedup", "trace-examples") else 0
             if value is not None and not low <= value < float("inf"):       # false for nan as well
                 raise RunError(f"--{name} {value:g}: give a number from {low} up")
+    if (arguments.plot or arguments.criteria) and (arguments.trace or arguments.trace_examples or arguments.predict):
+        raise RunError("--plot and --criteria belong to the table, not to --trace, --trace-examples or --predict")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -503,7 +510,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         way = Way(modes[-1], threshold if smart else None)
         split = splits.get("own") or splits[task.devs[0]]
         outcome = predict(model, pools(split, device), way)
+        unknown = sum(tokenizer.token_to_id("[UNK]") in ids for ids in split.ids)
+        if unknown:
+            print(f"warning: {unknown} of {len(split)} examples hold words that this model has never seen", file=sys.stderr)
         if arguments.predict:
+            print(f"({way})", file=sys.stderr)
             for logits, layers in zip(outcome.logits, outcome.ran.sum(1).tolist()):
                 print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{layers}")
         else:
@@ -538,10 +549,11 @@ def main(arguments: list[str] | None = None) -> None:
                         "fewer FLOPs on held-out data instead")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
     parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder (needs matplotlib)")
-    parser.add_argument("--trace", nargs="+", metavar="TEXT", help="show a sentence, or the two of a pair, layer by layer")
-    parser.add_argument("--trace-examples", type=int, metavar="N", help="show the N easiest and hardest of the dev set")
-    parser.add_argument("--predict", metavar="FILE", help="label, probability and layers run for each line; - for stdin")
-    parser.add_argument("--summary", nargs="+", metavar="JSON", help="mean and spread over the eval.json files of runs")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--trace", nargs="+", metavar="TEXT", help="show a sentence, or the two of a pair, layer by layer")
+    look.add_argument("--trace-examples", type=int, metavar="N", help="show the N easiest and hardest of the dev set")
+    look.add_argument("--predict", metavar="FILE", help="label, probability and layers run for each line; - for stdin")
+    look.add_argument("--summary", nargs="+", metavar="JSON", help="mean and spread over the eval.json files of runs")
     parser.add_argument("--data-dir", help="folder with GLUE's files; default: where the run was trained from")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each row, 0 for none (default 3)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")

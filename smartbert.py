@@ -168,12 +168,12 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
 
 @dataclass
 class Phase1:
-    """What phase 1's loss is made of: scalars, and ran: 1 - g as used, for each row and layer (B, L)."""
+    """What phase 1's loss is made of: scalars, and run: 1 - g as used, for each row and layer (B, L)."""
     loss: Tensor
     task: Tensor
     push: Tensor
     contrast: Tensor
-    ran: Tensor
+    run: Tensor
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *, hard: bool,

@@ -96,8 +96,9 @@ def check(settings: Settings) -> None:
     """Raises RunError for a setting that makes no sense."""
     if settings.method not in ("smartbert", "bert"):
         raise RunError(f"--method {settings.method}: known are smartbert and bert")
-    for names, low, high in (("epochs1 batch_size limit", 1, 1e9), ("epochs2 soft_epochs", 0, 1e9), ("budget", 0, 1),
-                             ("held_out warmup push_start push_full dropout", 0, 0.99), ("lr lr_new lam", 0, 1e9)):
+    for names, low, high in (("epochs1 batch_size limit", 1, 1e9), ("budget eta1 eta2", 0, 1), ("tau1 tau2 clip", 1e-3, 1e9),
+                             ("held_out warmup push_start push_full dropout", 0, 0.99),
+                             ("epochs2 soft_epochs seed lr lr_new lam budget_weight weight_decay", 0, 1e9)):
         for name in names.split():
             value = getattr(settings, name)
             if value is not None and not low <= value <= high:
@@ -156,7 +157,7 @@ def open_folder(settings: Settings) -> Path:
                 raise RunError(f"{out} was started with {name} = {before[name]}, not {now.get(name)}: resume with the "
                                f"same settings")
         return out
-    if path.is_file() and not settings.overwrite:
+    if any((out / name).is_file() for name in ("checkpoint.pt", "model.pt")) and not settings.overwrite:
         raise RunError(f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or name "
                        f"another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def save(path: Path, **content) -> None:
 
 
 def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int, progress: float, hard: bool) -> dict:
-    """The step's loss, and what it is made of (scalars; ran: share of rows that ran each layer, (L,))."""
+    """The step's loss, and what it is made of (scalars; run: share of rows that ran each layer, (L,))."""
     inputs = (batch.ids, batch.types, batch.mask, batch.labels)
     if settings.method == "bert":
         return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
@@ -193,7 +194,7 @@ def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int,
     if phase == 2:
         return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2)}
     result = phase1_loss(model, *inputs, hard=hard, push=push_now(settings, progress), eta1=eta1, tau1=settings.tau1)
-    return vars(result) | {"ran": result.ran.mean(0)}
+    return vars(result) | {"run": result.run.mean(0)}
 
 
 def observe(model: SmartBert, watched: dict, settings: Settings, phase: int) -> dict:
@@ -232,6 +233,8 @@ def train(settings: Settings) -> Path:
     watched = {"held-out": held, **{name: splits[name] for name in task.devs}}
     watched = {name: (split, evaluation.pools(split, device)) for name, split in watched.items() if len(split)}
     judge = next(iter(watched))                             # the held-out part, or dev where nothing is held out
+    if judge != "held-out":
+        print(f"warning: nothing is held out, so {judge} picks the epoch that it then judges", file=sys.stderr)
 
     out = open_folder(settings)
     data.write_vocabulary(tokenizer, out)
@@ -281,16 +284,19 @@ def train(settings: Settings) -> Path:
                 group["lr"] = 0.0 if resting else group["top"] * rate
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 parts = loss_of(model, batch, settings, phase, progress, hard)
-            optimizer.zero_grad()
             parts["loss"].backward()
             nn.utils.clip_grad_norm_(trained, settings.clip)
             optimizer.step()
+            optimizer.zero_grad()                           # now: no gradients beside the next step's activations
             recent.append({name: value.detach() for name, value in parts.items()})
             if (step + 1) % 20 == 0 or step + 1 == len(order):
                 means = {name: torch.stack([r[name] for r in recent]).float().mean(0).tolist() for name in recent[0]}
                 log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1} | means)
                 recent = []
-                bar.set_postfix(loss=f"{means['loss']:.3f}", ran=f"{np.mean(means.get('ran', 1)):.2f}", refresh=False)
+                if not math.isfinite(means["loss"]):
+                    raise RunError(f"the loss is {means['loss']} at step {step + 1} of phase {phase}, epoch {epoch + 1}: try a "
+                                   f"lower --lr or --lr-new")
+                bar.set_postfix(loss=f"{means['loss']:.3f}", run=f"{np.mean(means.get('run', 1)):.2f}", refresh=False)
 
         line = {"phase": phase, "epoch": epoch + 1, "seconds": round(time.time() - start, 1)}
         line |= observe(model, watched, settings, phase)

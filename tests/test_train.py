@@ -141,7 +141,7 @@ def test_plain_bert_and_ablations_run(tmp_path, capsys):
             for name in ("bert", "none", "soft")}
     assert rows == {"bert": ["plain"], "none": ["plain", "exit"], "soft": ["plain", "skip", "exit", "both"]}
     records = [json.loads(line) for line in (tmp_path / "none/log.jsonl").read_text().splitlines()]
-    assert all(share == 1 for record in records if "ran" in record for share in record["ran"])
+    assert all(share == 1 for record in records if "run" in record for share in record["run"])
 
 
 def test_an_existing_run_is_not_overwritten(finished, refused):
