@@ -161,6 +161,8 @@ def test_bad_input_of_training(tmp_path, refused):
             (["--epochs1", "0"], ["epochs1", "from 1"]),
             (["--budget", "2"], ["budget", "2", "to 1"]),
             (["--lr", "nan"], ["lr"]),
+            (["--seed", "-1"], ["--seed", "from 0"]),
+            (["--tau1", "0"], ["--tau1"]),
             (["--max-length", "4000"], ["4000", "128"]),
             (["--max-length", "3"], ["3"]),
             (["--device", "tpu"], ["tpu", "cpu"])):
@@ -168,6 +170,15 @@ def test_bad_input_of_training(tmp_path, refused):
     if not torch.cuda.is_available():
         refused(train.main, ["--device", "cuda", "--out", "run"], "cuda")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_explodes_is_no_run(tmp_path, refused):
+    """It is said, no model is left, and the same folder takes the next try."""
+    out = tmp_path / "run"
+    refused(train.main, [*SMALL, "--lr", "1e9", "--weight-decay", "1e9", "--out", out], "the loss is", "--lr")
+    assert not (out / "model.pt").exists()
+    train.main([*SMALL, "--out", str(out)])
+    assert (out / "model.pt").is_file()
 
 
 def test_weights_and_vocabulary_must_fit(tmp_path, refused):
@@ -195,6 +206,9 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, [finished, "--thresholds", "nan"], "number")
     refused(evaluation.main, [finished, "--target-speedup", "0"], "--target-speedup 0", "from 1")
     refused(evaluation.main, [finished, "--trace-examples", "-1"], "from 1")
+    refused(evaluation.main, [finished, "--max-drop", "nan"], "--max-drop")
+    refused(evaluation.main, [finished, "--predict", "x", "--criteria"], "--criteria")
+    refused(evaluation.main, [finished, "--predict", "x", "--trace", "y"], "--trace")
     refused(evaluation.main, [], "runs/toy")
     train.main(["--method", "bert", "--limit", "40", "--epochs1", "1", "--device", "cpu", "--out", str(tmp_path / "bert")])
     refused(evaluation.main, [tmp_path / "bert", "--criteria"], "plain BERT")
