@@ -1,14 +1,11 @@
 """What a trained SmartBERT skips, where it exits, what it costs and how well it answers; and a look inside.
 
-    python eval.py runs/toy                                       # the table, and eval.json in that folder
-    python eval.py runs/toy --target-speedup 2                    # choose the threshold that halves the FLOPs
-    python eval.py runs/toy --criteria                            # entropy beside its family, at matched cost
-    python eval.py runs/toy --plot                                # pictures into the folder (needs matplotlib)
-    python eval.py runs/toy --trace "the cat is not kind"         # one sentence on its way through the layers
-    python eval.py runs/toy --trace-examples 2                    # the two easiest and hardest of the dev set
-    python eval.py runs/toy --predict sentences.txt               # answers for your own, - for standard input
-    python eval.py --summary results/*-*.json                     # mean and spread over the seeds of a study; the choice
-                                                                  # may be another: --target-speedup, --max-drop
+    python eval.py runs/toy                                   # the table, and eval.json in that folder
+    python eval.py runs/toy --target-speedup 2                # choose the threshold that halves the FLOPs
+    python eval.py runs/toy --criteria --plot                 # entropy beside its family; pictures (needs matplotlib)
+    python eval.py runs/toy --trace "the cat is not kind"     # one sentence on its way through the layers
+    python eval.py runs/toy --predict sentences.txt           # answers for your own, - for standard input
+    python eval.py --summary results/*-*.json                 # a study: mean and spread over seeds, beside plain BERT
 
 A run is measured four ways on the dev set: *plain* (every layer, the last head: BERT), *skip* (gates only), *exit*
 (exits only) and *both*. Thresholds are chosen on the part of the training set that was held out. FLOPs are counted on
@@ -36,6 +33,7 @@ from smartbert import (Criterion, Outcome, SmartBert, entropy_below, first_corre
                        plain_flops, probability_above, trace)
 
 VERSION = 1             # of the files in a run's folder; another number means another layout
+MAX_DROP = 0.5          # points that a chosen threshold may lose on held-out data: half of what is to be lost at most on dev
 POOL = 1024             # rows that wait at a layer together: enough for full batches, little enough for memory
 
 
@@ -200,7 +198,7 @@ def sweep(model: SmartBert, split: Split, held: Split | None, task: Task, ways: 
     return rows
 
 
-def choose(rows: list[Row], max_drop: float = 1.0, speedup: float | None = None) -> None:
+def choose(rows: list[Row], max_drop: float = MAX_DROP, speedup: float | None = None) -> None:
     """Mark the row of each mode to take, by what it gave on held-out data: the cheapest whose score is at most max_drop
     points below the best row without exits; or, for a target speed-up in FLOPs, the best score among those that reach
     it. Where none does: the best score, or the cheapest. Without held-out data none is marked."""
@@ -316,58 +314,59 @@ def criteria_table(rows: list[Row]) -> str:
     return "\n".join(lines) + f"\nthe oracle reaches {best.score:.3f} at {best.flops:.3f}: no criterion can pass it"
 
 
-def summary(paths: list[str], max_drop: float = 1.0, speedup: float | None = None) -> str:
+def summary(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None = None) -> str:
     """Mean and standard deviation over the seeds of a study, from the eval.json of its runs, each with the threshold that
-    `choose` takes. Raises RunError."""
+    `choose` takes; and the points lost or won against the plain BERTs trained on the same data from the same weights.
+    Raises RunError."""
     results, groups = [], {}
-    for path in paths:
-        path = Path(path) / "eval.json" if Path(path).is_dir() else Path(path)
-        if not path.is_file():
-            raise RunError(f"{path} is not there: name the eval.json files of runs, or the runs' folders")
+    for path in map(Path, paths):
+        path = path / "eval.json" if path.is_dir() else path
         try:
             result = json.loads(path.read_text())
             rows = [Row(**row) for row in result["rows"]]
+            settings = result["settings"]
+            origin = f"{result['task']} {result['split']}{' (partial)' * result['partial']}", settings["weights"] or ""
             choose(rows, max_drop, speedup)
-            name = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}",
-                    result["settings"]["weights"] or "", result["settings"]["method"])
-            results.append((name, result["settings"], [row for row in rows if row.chosen]))
+        except FileNotFoundError:
+            raise RunError(f"{path} is not there: name the eval.json files of runs, or the runs' folders")
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{path} is no eval.json of this version: evaluate the run again")
-    for name, settings, rows in results:                    # runs that differ in no more than the seed belong together
-        alike = [other for other_name, other, _ in results if other_name == name]
+        results.append((origin, settings, [row for row in rows if row.chosen]))
+    for origin, settings, rows in results:                  # runs that differ in no more than the seed belong together
+        method = settings["method"]
+        alike = [other for place, other, _ in results if (place, other["method"]) == (origin, method)]
         differ = "".join(f" {key}={value}" for key, value in settings.items()
                          if key != "seed" and any(other.get(key) != value for other in alike))
         for row in rows:
-            groups.setdefault((*name[:2], name[2] + differ, row.mode), []).append(row)
+            groups.setdefault((*origin, method, differ, row.mode), []).append(row)
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
-    lines = [f"{'data':<18} {'weights':<10} {'run':<26} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14}"]
-    for (task, weights, what, mode), rows in sorted(groups.items()):
-        lines.append(f"{task:<18} {weights:<10} {what:<26} {mode:<6} {len(rows):>5} "
-                     f"{cell([row.score for row in rows]):>14} {cell([row.flops for row in rows]):>14}")
-    return "\n".join(lines)
+    lines = [f"{'data':<18} {'weights':<10} {'run':<26} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
+    for (task, weights, method, differ, mode), rows in sorted(groups.items()):
+        plain = [row.score for key, others in groups.items() if key[:3] == (task, weights, "bert") for row in others]
+        scores = [row.score for row in rows]
+        points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}" if plain and method != "bert" else ""
+        lines.append(f"{task:<18} {weights:<10} {method + differ:<26} {mode:<6} {len(rows):>5} {cell(scores):>14} "
+                     f"{cell([row.flops for row in rows]):>14} {points:>7}".rstrip())
+    return "\n".join(lines) + "\n(points: score against a plain BERT trained for itself)"
 
 
 # --- A look inside ----------------------------------------------------------------------------------------------------
 
-def own_examples(texts: list[list[str]], task: Task) -> Split:
-    """The user's own sentences, or pairs, as a split without labels. Raises DataError."""
-    pair = bool(task.columns) and task.columns[1] is not None
-    for number, text in enumerate(texts, 1):
+def own_examples(lines: list[str], task: Task) -> Split:
+    """The user's own sentences, a line each, or pairs with a tab between the two, as a split without labels. Raises
+    DataError."""
+    pair, texts = bool(task.columns and task.columns[1]), []
+    for number, line in enumerate(lines, 1):
+        text = line.split("\t")
         if len(text) != 1 + pair or not all(part.strip() for part in text):
-            raise DataError(f"example {number} is {repr(' | '.join(text)) if any(text) else 'empty'}, but {task.name} takes "
-                            f"{'two sentences, in a file with a tab between them' if pair else 'one sentence'}: in quotes "
-                            f"on the command line, a line each in a file")
-    return Split([(text[0], text[1] if pair else None) for text in texts], [0] * len(texts))
-
-
-def read_examples(path: str) -> list[list[str]]:
-    """A sentence a line, the two of a pair with a tab between them; - is standard input. Raises DataError."""
-    lines = (sys.stdin.read().rstrip("\n").split("\n") if path == "-" else
-             data.read_lines(Path(path), "name a file with a sentence a line, or - for standard input"))
-    return [line.split("\t") for line in lines]
+            raise DataError(f"example {number} is {line.replace(chr(9), ' | ')!r}, but {task.name} takes " + (
+                "two sentences, in a file with a tab between them" if pair else "one sentence") +
+                ": in quotes on the command line, a line each in a file")
+        texts.append((text[0], text[1] if pair else None))
+    return Split(texts, [0] * len(texts))
 
 
 def chosen_threshold(folder: Path, mode: str, otherwise: float) -> float:
@@ -468,21 +467,17 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises RunError for a number that makes no sense."""
-    for name, values in (("thresholds", arguments.thresholds or []), ("target-speedup", [arguments.target_speedup]),
-                         ("trace-examples", [arguments.trace_examples]), ("repeats", [arguments.repeats]),
-                         ("max-drop", [arguments.max_drop])):
-        for value in values:
-            low = 1 if name in ("target-speedup", "trace-examples") else 0
-            if value is not None and not low <= value < float("inf"):       # false for nan as well
-                raise RunError(f"--{name} {value:g}: give a number from {low} up")
+    for name, low in {"thresholds": 0, "max_drop": 0, "repeats": 0, "target_speedup": 1, "trace_examples": 1}.items():
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number < math.inf:     # false for nan as well
+                raise RunError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
     if (arguments.plot or arguments.criteria) and (arguments.trace or arguments.trace_examples or arguments.predict):
         raise RunError("--plot and --criteria belong to the table, not to --trace, --trace-examples or --predict")
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, device: torch.device) -> None:
     """Do what the command line asks with one run. Raises DataError, WeightsError, RunError."""
-    device = pick_device(arguments.device)
-    settings, model = load_run(arguments.run, device)
     folder, task = Path(arguments.run).expanduser(), data.find_task(settings["task"])
     smart = settings["method"] == "smartbert"
     modes = ["plain"] + ["skip"] * (smart and not settings["no_skipping"]) + ["exit"] * smart
@@ -500,8 +495,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         return data.encode(tokenizer, split, settings["max_length"])
 
     if arguments.trace or arguments.predict:
-        texts = [arguments.trace] if arguments.trace else read_examples(arguments.predict)
-        splits = {"own": encode(own_examples(texts, task))}
+        lines = (["\t".join(arguments.trace)] if arguments.trace else
+                 sys.stdin.read().rstrip("\n").split("\n") if arguments.predict == "-" else
+                 data.read_lines(Path(arguments.predict), "name a file with a sentence a line, or - for standard input"))
+        splits = {"own": encode(own_examples(lines, task))}
     else:
         splits = {name: encode(split) for name, split in data.load_task(
             task.name, arguments.data_dir or settings["data_dir"], settings["cache"]).items()}
@@ -543,8 +540,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", help="the folder of a run that train.py made")
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="E", help="entropies below which an example leaves")
-    parser.add_argument("--max-drop", type=float, default=1.0, metavar="POINTS",
-                        help="choose the cheapest threshold that loses at most so much on held-out data (default 1)")
+    parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS",
+                        help=f"choose the cheapest threshold that loses at most so much on held-out data (default {MAX_DROP})")
     parser.add_argument("--target-speedup", type=float, metavar="X", help="choose the best threshold with so many times "
                         "fewer FLOPs on held-out data instead")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
@@ -565,7 +562,10 @@ def main(arguments: list[str] | None = None) -> None:
         if asked.summary:
             print(summary(asked.summary, asked.max_drop, asked.target_speedup))
         else:
-            evaluate(asked)
+            device = pick_device(asked.device)
+            settings, model = load_run(asked.run, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings["bf16"]):     # as it was trained
+                evaluate(asked, settings, model, device)
     except (DataError, WeightsError, RunError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

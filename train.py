@@ -197,17 +197,14 @@ def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int,
     return vars(result) | {"run": result.run.mean(0)}
 
 
-def observe(model: SmartBert, watched: dict, settings: Settings, phase: int) -> dict:
-    """Scores and layers run on every watched split: by the gates alone in phase 1, with exits in phase 2."""
+def observe(model: SmartBert, split: data.Split, pools: list[data.Batch], settings: Settings, phase: int) -> dict:
+    """Scores on a split and the layers that ran: by the gates alone in phase 1, with exits in phase 2."""
     task = data.find_task(settings.task)
     skip = settings.method == "smartbert" and not settings.no_skipping
     mode = ("both" if skip else "exit") if phase == 2 else "skip" if skip else "plain"
-    way, line = evaluation.Way(mode, 0.5 * math.log(len(task.labels))), {}
-    for name, (split, pools) in watched.items():
-        outcome = evaluation.predict(model, pools, way)
-        line[name] = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
-        line[f"{name} layers"] = outcome.ran.sum(1).float().mean().item()
-    return line
+    outcome = evaluation.predict(model, pools, evaluation.Way(mode, 0.5 * math.log(len(task.labels))))
+    return data.scores(task, outcome.logits.argmax(1).tolist(), split.labels) | {
+        "layers": outcome.ran.sum(1).float().mean().item()}
 
 
 def train(settings: Settings) -> Path:
@@ -230,11 +227,10 @@ def train(settings: Settings) -> Path:
     if settings.limit:
         splits["train"] = splits["train"].select(range(min(settings.limit, len(splits["train"]))))
     training, held = data.hold_out(splits["train"], settings.held_out, settings.seed)
-    watched = {"held-out": held, **{name: splits[name] for name in task.devs}}
-    watched = {name: (split, evaluation.pools(split, device)) for name, split in watched.items() if len(split)}
-    judge = next(iter(watched))                             # the held-out part, or dev where nothing is held out
+    judge, judged = ("held-out", held) if len(held) else (task.devs[0], splits[task.devs[0]])
     if judge != "held-out":
         print(f"warning: nothing is held out, so {judge} picks the epoch that it then judges", file=sys.stderr)
+    judged_pools = evaluation.pools(judged, device)
 
     out = open_folder(settings)
     data.write_vocabulary(tokenizer, out)
@@ -298,18 +294,18 @@ def train(settings: Settings) -> Path:
                                    f"lower --lr or --lr-new")
                 bar.set_postfix(loss=f"{means['loss']:.3f}", run=f"{np.mean(means.get('run', 1)):.2f}", refresh=False)
 
-        line = {"phase": phase, "epoch": epoch + 1, "seconds": round(time.time() - start, 1)}
-        line |= observe(model, watched, settings, phase)
-        log.append(line)
-        print(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {means['loss']:.3f}  " + "  ".join(
-            f"{name} {line[name][task.metrics[0]]:.3f} with {line[f'{name} layers']:.1f} of {len(model.gates)} layers"
-            for name in watched) + f"  ({line['seconds']:.0f} s)", flush=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            seen = observe(model, judged, judged_pools, settings, phase)
+        score, seconds = seen[task.metrics[0]], time.time() - start
+        log.append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1), judge: seen})
+        print(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {means['loss']:.3f}  {judge} {score:.3f} with "
+              f"{seen['layers']:.1f} of {len(model.gates)} layers  ({seconds:.0f} s)", flush=True)
         if phase == 1:
             # Prefer hard gates, then a budget met (within a tenth) or a lambda at work, then the score, then fewer layers.
-            share = line[f"{judge} layers"] / len(model.gates)
+            share = seen["layers"] / len(model.gates)
             met = share <= 1.1 * settings.budget if settings.lam is None else (epoch + 1) / epochs > settings.push_start
             met = met or settings.no_skipping or settings.method == "bert"
-            rank = [hard or settings.soft_gates, met, line[judge][task.metrics[0]], -share]
+            rank = [hard or settings.soft_gates, met, score, -share]
             if best is None or rank >= best:
                 best = rank
                 save(out / "phase1.pt", model=model.state_dict(), **describe)

@@ -104,7 +104,7 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
     process.send_signal(signal.SIGKILL)
     process.wait()
     state = evaluation.load_file(out / "checkpoint.pt")
-    assert state["done"] >= 1 and sum("dev" in record for record in state["log"]) == state["done"]
+    assert state["done"] >= 1 and sum("held-out" in record for record in state["log"]) == state["done"]
     assert not (out / "model.pt").exists()
     refused(evaluation.main, [out], "model.pt")
 
