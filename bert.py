@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-PIECE = 2048            # tokens a layer takes at once on a CPU when no gradient is wanted: then the (tokens, I) tensor in its
-                        # middle stays in memory that the processor has just used
+# Tokens that a layer takes at once on a CPU where no gradient is wanted (plain forwards, phase 2): then the (tokens, I)
+# tensor in its middle stays in memory that the processor has just used.
+PIECE = 1024
 
 
 class WeightsError(ValueError):
@@ -62,6 +63,7 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
         n, dropped = x.numel(), round(self.p * 2**16)
+        # each 64 bits as four numbers, even in [-2^15, 2^15): the `dropped` lowest of the 2^16 values are dropped
         bits = torch.empty(n // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
         return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
 
@@ -102,13 +104,13 @@ class Layer(nn.Module):
         """h (B, S, H), mask (B, S) True at real tokens or None when all are -> (B, S, H)."""
         B, S, H = h.shape
         if B * S > PIECE and not torch.is_grad_enabled() and h.device.type == "cpu" and B > 1:
-            n = max(PIECE // S, 1)
+            n = max(PIECE // S, 1)                      # for speed only: the same rows, a few at a time
             return torch.cat([self(h[i:i + n], None if mask is None else mask[i:i + n]) for i in range(0, B, n)])
         q, k, v = self.qkv(h).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, A, S, D)
         if mask is not None:
             mask = mask[:, None, None, :]                                               # (B, 1, 1, S)
         # softmax(q k^T / sqrt(D)) v, with nothing seen of the padding
-        if self.training and self.attention_dropout.p:
+        if self.training and self.attention_dropout.p:      # in full, for our Dropout beats the one built into attention
             scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                        # (B, A, S, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
@@ -197,7 +199,10 @@ def convert_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, T
             if name not in found:
                 raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
                                    f"{config.num_hidden_layers} layers, as config.json says")
-        state[ours] = torch.cat([found.pop(name).float() for name in theirs])
+        parts = [found.pop(name).float() for name in theirs]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise WeightsError(f"the tensors {', '.join(theirs)} are not of one width: download the weights again")
+        state[ours] = torch.cat(parts)
     if found:
         raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
     return state
@@ -227,7 +232,7 @@ def read_file(path: Path, advice: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        raise WeightsError(f"{path} is truncated or no PyTorch file: {advice}")
+        raise WeightsError(f"{path} is missing, truncated or no PyTorch file: {advice}")
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no table of tensors: {advice}")
     return content

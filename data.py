@@ -11,13 +11,10 @@ Dimensions: B examples of a batch, S tokens of its longest. A DataError carries 
 """
 
 import difflib
-import io
 import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -44,28 +41,29 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task. columns: text, second text (or None) and label, by name or, without a header, number."""
+    """One classification task."""
     name: str
     folder: str                                 # GLUE's folder
-    columns: tuple                              # (text, second text or None, label)
+    columns: tuple = ("sentence1", "sentence2", "label")        # text, second text (or None), label, by name
     labels: tuple[str, ...] = ("0", "1")        # as they stand in the files; the position is the class id
     metrics: tuple[str, ...] = ("accuracy",)    # the first is the one that is compared
     devs: tuple[str, ...] = ("dev",)
     archive: str = ""                           # the zip under GLUE_URL; MRPC has none
+    header: tuple[str, ...] = ()                # of files that have no header line of their own
 
 
-PAIR = ("sentence1", "sentence2", "label")
 ENTAILMENT = ("entailment", "not_entailment")
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", (3, None, 1), metrics=("matthews",), archive="CoLA.zip"),
+    Task("cola", "CoLA", ("sentence", None, "label"), metrics=("matthews",), archive="CoLA.zip",
+         header=("source", "label", "mark", "sentence")),
     Task("sst2", "SST-2", ("sentence", None, "label"), archive="SST-2.zip"),
     Task("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), metrics=("f1", "accuracy")),
     Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy"), archive="QQP-clean.zip"),
     Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"), labels=("contradiction", "entailment", "neutral"),
          devs=("dev_matched", "dev_mismatched"), archive="MNLI.zip"),
     Task("qnli", "QNLI", ("question", "sentence", "label"), labels=ENTAILMENT, archive="QNLIv2.zip"),
-    Task("rte", "RTE", PAIR, labels=ENTAILMENT, archive="RTE.zip"),
-    Task("wnli", "WNLI", PAIR, archive="WNLI.zip"),
+    Task("rte", "RTE", labels=ENTAILMENT, archive="RTE.zip"),
+    Task("wnli", "WNLI", archive="WNLI.zip"),
     Task("toy", "", (), labels=("bad", "good")),
 )}
 
@@ -94,10 +92,8 @@ class Split:
 
     def select(self, indices) -> "Split":
         """The examples at these positions, in this order."""
-        def take(values):
-            return [values[i] for i in indices] if values else values
-        return replace(self, texts=take(self.texts), labels=take(self.labels), levels=take(self.levels),
-                       ids=take(self.ids), types=take(self.types))
+        return replace(self, **{name: [values[i] for i in indices] for name, values in vars(self).items()
+                                if isinstance(values, list) and values})
 
 
 def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path | None = None,
@@ -110,8 +106,16 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     task = find_task(name)
     if name == "toy":
         return toy(seed=seed)
-    folder = glue_folder(task, data_dir, cache)
-    return {split: read_split(task, folder, split) for split in ("train", *task.devs)}
+    base = cache_dir(cache) / "glue" if data_dir is None else Path(data_dir).expanduser()
+    folder, splits = base / task.folder, ("train", *task.devs)
+    if data_dir is None and not all((folder / f"{split}.tsv").is_file() for split in splits):
+        try:
+            (unpack if task.archive else assemble_mrpc)(task, folder)
+        except OSError as error:
+            raise DataError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
+    if not base.is_dir():
+        raise DataError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
+    return {split: read_split(task, folder if folder.is_dir() else base, split) for split in splits}
 
 
 def read_lines(path: Path, advice: str) -> list[str]:
@@ -119,10 +123,8 @@ def read_lines(path: Path, advice: str) -> list[str]:
     characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except OSError:
-        raise DataError(f"{path} cannot be read: {advice}")
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: {advice}")
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"{path} is missing, or is not UTF-8 text: {advice}")
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
@@ -130,24 +132,20 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     """One tsv file; without split.tsv, split.partial.tsv. Rows that lack fields are left out, counted and named on
     stderr; a label the task does not know, a missing column and a file without examples raise DataError."""
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
-    partial = not path.is_file() and part.is_file()
-    path = part if partial else path
+    path = part if part.is_file() and not path.is_file() else path
     advice = f"put {task.folder}'s {split}.tsv there"
     lines = read_lines(path, advice)
-    columns, first = task.columns, 0
-    if isinstance(columns[0], str):
-        header, first = lines[0].split("\t"), 1
-        for column in columns:
-            if column and column not in header:
-                raise DataError(f"{path} has no column {column!r} in its first line: {advice}")
-        columns = tuple(header.index(column) if column else None for column in columns)
+    header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
+    wanted = set(task.columns) - {None}
+    if not wanted <= set(header):
+        raise DataError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
     texts, labels, short = [], [], []
-    for number, line in enumerate(lines[first:], first + 1):
-        cells = line.split("\t")               # no quoting: a " is a character like any other
-        if len(cells) <= max(column for column in columns if column is not None):
+    for number, line in enumerate(lines, first):
+        cells = dict(zip(header, line.split("\t")))     # no quoting: a " is a character like any other
+        if wanted - cells.keys():
             short.append(number)
             continue
-        text, second, label = (None if column is None else cells[column] for column in columns)
+        text, second, label = (cells.get(column) for column in task.columns)
         if label not in task.labels:
             raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}: {advice}")
         texts.append((text, second))
@@ -157,7 +155,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     if short:
         print(f"{path}: left out {len(short)} rows that lack fields (line {', '.join(map(str, short[:5]))}"
               f"{', ...' if len(short) > 5 else ''})", file=sys.stderr)
-    return Split(texts, labels, partial=partial)
+    return Split(texts, labels, partial=path == part)
 
 
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
@@ -179,20 +177,18 @@ def cache_dir(folder: str | Path | None = None) -> Path:
     return Path(folder or os.environ.get("SMARTBERT_CACHE") or Path(base) / "smartbert").expanduser()
 
 
-def write_whole(path: str | Path, save: Callable[[io.BufferedWriter], None]) -> None:
-    """Write a file so that it is there whole or not at all: a temporary neighbour, fsync, then one atomic rename."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+def write_whole(path: str | Path, save: Callable) -> None:
+    """Write a file so that it is there whole or not at all: save(file) to a neighbour, fsync, one atomic rename."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)               # it is still there only where something failed
 
 
 def write_json(path: str | Path, value) -> None:
@@ -200,11 +196,13 @@ def write_json(path: str | Path, value) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch url to path, with a progress bar. What has come stays in path.part, from where the next call goes on; the
-    file takes its name only at the size the server gave. Raises DataError that names the file to fetch by hand."""
+    """Fetch url to path where it is not there yet, with a progress bar. What has come stays in path.part, from where the
+    next call goes on; the file takes its name only at the size the server gave. Raises DataError, with what to do."""
     # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     otherwise = f"run again to go on, or fetch {url} by hand and put it at {path}"
+    if path.is_file():
+        return
     have = part.stat().st_size if part.is_file() and tag.is_file() else 0
     headers = {"Accept-Encoding": "identity"}           # a compressed body would make byte counts meaningless
     if have:                                            # If-Range: the rest of that version, or all of another
@@ -213,11 +211,11 @@ def download(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
             resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if have and (answer.status_code == 416 or answer.status_code == 206 and not resumed):
+            if have and answer.status_code in (206, 416) and not resumed:
                 part.unlink()                           # what we have fits nothing that is there: start over
                 return download(url, path)
             answer.raise_for_status()
-            have = have if answer.status_code == 206 else 0
+            have = have if resumed else 0
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
             with open(part, "ab" if have else "wb") as file, tqdm(
@@ -225,12 +223,11 @@ def download(url: str, path: Path) -> None:
                 mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
                 tag.write_text(mark) if mark else tag.unlink(missing_ok=True)
                 for chunk in answer.iter_content(1 << 16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
+                    bar.update(file.write(chunk))
                 file.flush()
                 os.fsync(file.fileno())
         size = part.stat().st_size
-        if total is not None and size != total:
+        if total not in (None, size):
             raise DataError(f"{path.name} came with {size} of {total} bytes: {otherwise}")
         os.replace(part, path)
         tag.unlink(missing_ok=True)
@@ -242,84 +239,56 @@ def download(url: str, path: Path) -> None:
         raise DataError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
 
 
-def glue_folder(task: Task, data_dir: str | Path | None = None, cache: str | Path | None = None) -> Path:
-    """The folder with the task's tsv files: data_dir/RTE or data_dir itself, or the cache's, downloaded where it is not
-    there yet. Raises DataError."""
-    if data_dir is not None:
-        base = Path(data_dir).expanduser()
-        if not base.is_dir():
-            raise DataError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
-        return base / task.folder if (base / task.folder).is_dir() else base
-    folder = cache_dir(cache) / "glue" / task.folder
-    if folder.is_dir():
-        return folder
-    # MRPC comes as Microsoft's text and GLUE's list of the pairs in it that are the dev set.
-    urls = [GLUE_URL + task.archive] if task.archive else [SENTEVAL_URL + "msr_paraphrase_train.txt",
-                                                           GLUE_URL + "mrpc_dev_ids.tsv"]
-    files = [folder.parent / url.rsplit("/", 1)[1] for url in urls]
-    for url, file in zip(urls, files):
-        if not file.is_file():
-            download(url, file)
-    # Made beside its place and renamed as a whole, so that a folder under its name is complete.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / task.folder
-        made.mkdir()
-        (unpack if task.archive else assemble_mrpc)(task, made, *files)
-        os.rename(made, folder)
-    return folder
-
-
-def unpack(task: Task, folder: Path, archive: Path) -> None:
-    """The tsv files of a GLUE zip, and nothing else, into folder. Raises DataError for a zip that is not whole."""
-    wanted = [f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)]
+def unpack(task: Task, folder: Path) -> None:
+    """The tsv files of GLUE's zip, and nothing else, into folder. Raises DataError for a zip that is not whole."""
+    archive = folder.parent / task.archive
+    download(GLUE_URL + task.archive, archive)
     try:
         with zipfile.ZipFile(archive) as files:
-            names = files.namelist()
-            strange = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
-            if not strange and set(wanted) <= set(names):
-                for name in wanted:                     # only names of our own list are ever written
-                    with files.open(name) as source:
-                        write_whole(folder / Path(name).name, lambda target: shutil.copyfileobj(source, target))
-                return
+            for split in ("train", *task.devs):         # only these are read, wherever other names in the zip may lead
+                table = files.read(f"{task.folder}/{split}.tsv")
+                write_whole(folder / f"{split}.tsv", lambda file: file.write(table))
+    except KeyError as error:
+        raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
     except (zipfile.BadZipFile, zlib.error, EOFError):
         archive.unlink()
         raise DataError(f"{archive} was truncated or damaged, and is removed: run again to download it")
-    reason = f"{strange[0]} leads out of its folder" if strange else f"it lacks {', '.join(set(wanted) - set(names))}"
-    raise DataError(f"{archive} is not GLUE's, {reason}: remove it and run again to download it")
 
 
-def assemble_mrpc(task: Task, folder: Path, text: Path, dev_ids: Path) -> None:
-    """MRPC's train.tsv and dev.tsv: dev is the rows whose pair of ids GLUE lists. Raises DataError."""
+def assemble_mrpc(task: Task, folder: Path) -> None:
+    """MRPC's train.tsv and dev.tsv from Microsoft's text: dev is the rows whose pair of ids GLUE lists. Raises DataError."""
+    text, dev_ids = folder.parent / "msr_paraphrase_train.txt", folder.parent / "mrpc_dev_ids.tsv"
+    download(SENTEVAL_URL + text.name, text)
+    download(GLUE_URL + dev_ids.name, dev_ids)
     advice = "remove it and run again to download it"
-    header, *rows = read_lines(text, advice)
-    pairs = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
-    lost = pairs - {tuple(row.split("\t")[1:3]) for row in rows}
-    if lost or not pairs:
+    header, *lines = read_lines(text, advice)
+    rows = {tuple(line.split("\t")[1:3]): line for line in lines}                       # by their two ids
+    listed = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
+    lost = listed - rows.keys()
+    if lost or not listed:
         raise DataError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are missing: {advice}")
-    for split, is_dev in (("train", False), ("dev", True)):
-        lines = [header] + [row for row in rows if (tuple(row.split("\t")[1:3]) in pairs) == is_dev]
-        write_whole(folder / f"{split}.tsv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    for split, chosen in (("train", rows.keys() - listed), ("dev", listed)):
+        table = [header] + [line for ids, line in rows.items() if ids in chosen]
+        write_whole(folder / f"{split}.tsv", lambda file: file.write("\n".join(table).encode()))
 
 
 BASE = "google-bert/bert-base-uncased"
-HUB_NAMES = {name.split("/")[1]: name for name in (BASE, *(
-    f"google/bert_uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
-    for layers in (2, 4, 6, 8, 10, 12) for hidden in (128, 256, 512, 768)))}
+MINIATURES = [f"google/bert_uncased_L-{L}_H-{H}_A-{H // 64}" for L in range(2, 13, 2) for H in (128, 256, 512, 768)]
 
 
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     """A folder with config.json, vocab.txt and pytorch_model.bin: `name` itself where it is a folder, else Google's
     weights of that name on the hub, downloaded into the cache once. Raises DataError."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    full = HUB_NAMES.get(name, name)                    # the short name will do
-    if full not in HUB_NAMES.values():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
+    if full is None:
         raise DataError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
                         f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64)")
     folder = cache_dir(cache) / "weights" / full.replace("/", "--")
     for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
-        if not (folder / file).is_file():
-            download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)
+        download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)
     return folder
 
 
@@ -359,8 +328,7 @@ def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 12
 
 @dataclass
 class Batch:
-    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels, index (B,) long: class, place in the
-    split."""
+    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels, index in the split (B,) long."""
     ids: Tensor
     types: Tensor
     mask: Tensor
@@ -389,17 +357,13 @@ def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list
     """
     if size < 1:
         raise DataError(f"a batch size of {size} is no size: use 1 or more")
-    lengths = np.array([len(split.ids[i]) for i in range(len(split))])      # an IndexError: not encoded yet
-    if seed is None:
-        order = np.argsort(lengths, kind="stable")
-        return [order[i:i + size].tolist() for i in range(0, len(order), size)]
-    rng, cut = np.random.default_rng(seed), []
-    order = rng.permutation(len(lengths))
-    for start in range(0, len(order), 50 * size):
-        pool = order[start:start + 50 * size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        cut += [pool[i:i + size].tolist() for i in range(0, len(pool), size)]
-    return [cut[i] for i in rng.permutation(len(cut))]
+    rng, n = np.random.default_rng(seed), len(split)
+    order, pool = (range(n), max(n, 1)) if seed is None else (rng.permutation(n).tolist(), 50 * size)
+    cut = []
+    for start in range(0, n, pool):
+        rows = sorted(order[start:start + pool], key=lambda i: len(split.ids[i]))       # an IndexError: not encoded yet
+        cut += [rows[i:i + size] for i in range(0, len(rows), size)]
+    return cut if seed is None else [cut[i] for i in rng.permutation(len(cut))]
 
 
 def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
@@ -413,8 +377,7 @@ def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, f
     """The task's metrics (main one first) of predicted class ids: accuracy and F1 of class 1 in 0..1, Matthews'
     correlation in -1..1; F1 and Matthews' are 0 where they are undefined."""
     p, y = np.asarray(predictions), np.asarray(labels)
-    tp, fp = float(np.sum((p == 1) & (y == 1))), float(np.sum((p == 1) & (y != 1)))
-    fn, tn = float(np.sum((p != 1) & (y == 1))), float(np.sum((p != 1) & (y != 1)))
+    tn, fp, fn, tp = np.bincount(2 * (y == 1) + (p == 1), minlength=4).tolist()
     spread = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     values = {"accuracy": float(np.mean(p == y)),
               "f1": 2 * tp / (2 * tp + fp + fn) if tp else 0.0,
@@ -431,9 +394,8 @@ def majority(task: Task, labels: list[int]) -> dict[str, float]:
 
 GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
 BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
-NOUNS = ("cat", "dog", "king", "queen", "baker", "sailor", "child", "teacher", "farmer", "clown", "judge",
-         "nurse", "poet", "pilot", "thief", "monk", "singer", "hunter", "painter", "miller", "soldier", "doctor",
-         "wizard", "bear")
+NOUNS = ("cat dog king queen baker sailor child teacher farmer clown judge nurse poet pilot thief monk singer hunter "
+         "painter miller soldier doctor wizard bear").split()
 FILLERS = ("very", "quite", "truly")        # they turn nothing
 
 
@@ -447,26 +409,17 @@ def toy(train: int = 6000, dev: int = 1000, seed: int = 0) -> dict[str, Split]:
     sentences as in bad ones, so counting words tells nothing; they must be composed. In training easy sentences are more
     frequent, 4 : 3 : 2 : 1, or a model starts with nothing to go by. No sentence occurs twice.
     """
-    rng, seen = random.Random(seed), set()
-
-    def sentence(level: int, good: bool) -> str:
+    rng, rows = random.Random(seed), {}                     # text -> label, level; the training rows, then the dev rows
+    while len(rows) < train + dev:
+        n, mix = (len(rows), (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)) if len(rows) < train else (len(rows) - train, (0, 1, 2, 3))
+        level, good = mix[n // 2 % len(mix)], n % 2
         words = ["not"] * level + rng.choices(FILLERS, k=rng.randint(0, 2))
         rng.shuffle(words)
-        return " ".join(["the", rng.choice(NOUNS), "is", *words, rng.choice(GOOD if good == (level % 2 == 0) else BAD)])
-
-    def split(size: int, mix: tuple[int, ...]) -> Split:
-        texts, labels, each = [], [], []
-        while len(texts) < size:
-            level, good = mix[len(texts) // 2 % len(mix)], len(texts) % 2
-            text = sentence(level, bool(good))
-            if text not in seen:
-                seen.add(text)
-                texts.append((text, None))
-                labels.append(good)
-                each.append(level)
-        return Split(texts, labels, each)
-
-    return {"train": split(train, (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)), "dev": split(dev, (0, 1, 2, 3))}
+        text = " ".join(["the", rng.choice(NOUNS), "is", *words, rng.choice(GOOD if good == (level % 2 == 0) else BAD)])
+        rows.setdefault(text, (good, level))                # a sentence that is there already is drawn again
+    labels, levels = [label for label, _ in rows.values()], [level for _, level in rows.values()]
+    whole = Split([(text, None) for text in rows], labels, levels)
+    return {"train": whole.select(range(train)), "dev": whole.select(range(train, train + dev))}
 
 
 def toy_tokenizer() -> BertWordPieceTokenizer:

@@ -24,7 +24,7 @@ from bert import Bert, needed
 
 def width(hidden_size: int) -> int:
     """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size
-    (README, deviation 12); at least 16, below which four heads see nothing."""
+    (README, deviation 12); at least 16, or four heads would have too few numbers each."""
     return max(16, 8 * round(hidden_size / 48))
 
 
@@ -69,6 +69,12 @@ class Gate(nn.Module):
         return torch.sigmoid(self.out(a)).squeeze(1)                                    # g = sigmoid(w a + b)
 
 
+def projection(inputs: int, width: int) -> nn.Sequential:
+    """Where the contrast compares tokens (models/SmartBert.py:22-27): a space of its own, so that neighbouring layers need
+    not be made alike for it."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
+
+
 class ExitHead(nn.Module):
     """The task's classifier after one layer, as small as a gate (models/Classifier.py)."""
 
@@ -83,11 +89,6 @@ class ExitHead(nn.Module):
         """h (B, S, H) -> logits (B, C), the shrunken tokens z (B, S, W)."""
         a, z = self.body(h, mask)
         return self.out(torch.tanh(self.hidden(a))), z
-
-
-def projection(inputs: int, width: int) -> nn.Sequential:
-    """Where the contrast compares tokens (models/SmartBert.py:22-27): tokens are not compared as they are."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
 
 
 class SmartBert(nn.Module):
@@ -107,7 +108,7 @@ class SmartBert(nn.Module):
         self.projections = nn.ModuleList(projection(H, W) for _ in range(L))             # phase 1's contrast
         for name, p in self.named_parameters():
             if not name.startswith("bert.") and name.endswith("weight") and p.dim() > 1:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # what comes in normalised goes on at the same scale
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # at the scale of what comes in (deviation 13)
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
         """Plain BERT: every layer, the last head. ids, types, mask (B, S) -> logits (B, C)."""
@@ -132,21 +133,21 @@ def hard_weight(g: Tensor) -> Tensor:
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
     """The loss of telling a token in the next layer from the others of its example (SmartBert.py:112-122).
 
-        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s = exp(cos(u, v) / tau)
+        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s[t,t'] = exp(cos(u_t, v_t') / tau)
 
     u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is neither a token to be
     found nor a negative (the release counts it: README, deviation 1). Returns a scalar.
     """
-    s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau           # log s: (B, S, S)
-    s = s.masked_fill(~mask[:, None, :], -torch.inf)
-    losses = s.logsumexp(dim=-1) - s.diagonal(dim1=1, dim2=2)                           # (B, S)
+    log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau       # (B, S, S)
+    log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
+    losses = log_s.logsumexp(dim=-1) - log_s.diagonal(dim1=1, dim2=2)                   # (B, S)
     return losses[mask].mean()
 
 
 # --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
 
-def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool) -> tuple:
-    """Run every layer and mix its output with its input as the gate says (SmartBert.py:91-103).
+def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
+    """Run every layer (of the first `depth`) and mix its output with its input as the gate says (SmartBert.py:91-103).
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 
@@ -156,7 +157,7 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
     """
     h, m = model.bert.embeddings(ids, types), needed(mask)
     inputs, outputs, soft, used = [], [], [], []
-    for gate, layer in zip(model.gates, model.bert.layers):
+    for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         inputs.append(h)
         outputs.append(layer(h, m))
         soft.append(gate(h, m))                                                         # (B,)
@@ -200,7 +201,7 @@ def lambda_push(lam: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def budget_push(budget: float, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Ours: weight * max(0, share of layers run - budget)^2: a wish in plain words, and no push once it is met."""
+    """Ours: weight * max(0, share of layers run - budget)^2, which pushes only while more layers run than were asked for."""
     return lambda soft, used: weight * F.relu((1 - used).mean() - budget) ** 2
 
 
@@ -214,8 +215,9 @@ def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labe
     where the layer was skipped. ids, types, mask (B, S), labels (B,). Returns a scalar.
     """
     with torch.no_grad():
-        _, outputs, _, _, _ = gated_walk(model, ids, types, mask, hard=True)
-    results = [head(h, needed(mask)) for head, h in zip(model.heads[:-1], outputs)]
+        _, outputs, _, _, _ = gated_walk(model, ids, types, mask, hard=True, depth=-1)
+    m = needed(mask)
+    results = [head(h, m) for head, h in zip(model.heads[:-1], outputs)]
     task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
     if not eta2 or len(results) < 2:
         return (1 - eta2) * task
@@ -226,8 +228,9 @@ def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labe
 
 # --- When to leave ------------------------------------------------------------------------------------------------------
 
-# history (n, i, C): the logits of the heads that n rows met after layers 1 .. i, NaN where a layer was skipped (never the
-# last, i); rows (n,): their places in the pool -> who leaves (n,). SmartBERT's is entropy; the others are its family.
+# A criterion gets, for the n rows that have just met head i, history (n, i, C): the logits of heads 1 .. i, NaN where a row
+# skipped that layer (head i's own are always there); and rows (n,), their places in the pool. It gives (n,) bool: True
+# leaves. SmartBERT's is entropy; the others are its family.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -262,7 +265,8 @@ def patience(times: int) -> Criterion:
 
 
 def fixed_layer(layer: int) -> Criterion:
-    """Everybody leaves at the first head from this layer (from 1) on: a shallower BERT, which asks nobody."""
+    """Everybody leaves at the first head from this layer (from 1) on: a shallower BERT. It would not ask the heads before,
+    but `infer` does; who compares costs takes them out (eval.measure)."""
     return lambda history, rows: torch.full_like(rows, history.shape[1] >= layer, dtype=torch.bool)
 
 
@@ -334,7 +338,8 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
             if leave is not None or i == L - 1:
                 history[rows, i] = model.heads[i](out, m)[0].float()
                 if leave is not None and i < L - 1:
-                    exits[rows[leave(history[rows, :i + 1], rows)]] = i + 1
+                    leaving = leave(history[rows, :i + 1], rows)                        # (n,)
+                    exits[rows[leaving]] = i + 1                                        # layers count from 1
         waiting = waiting[exits[waiting] == L]
     # Whoever skipped the last layer has not met the last head yet.
     for rows, s, m in in_batches(waiting[~ran[waiting, -1]]):

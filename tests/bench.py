@@ -40,6 +40,14 @@ def in_turn(*functions, rounds: int) -> list[float]:
     return [statistics.median(column) for column in zip(*times[1:])]
 
 
+def machine() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def peer_of(folder: Path, classes: int, device):
     """transformers' BERT with the same weights, or None where the package is not installed."""
     try:
@@ -62,7 +70,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file as well")
     arguments = parser.parse_args()
     device, rounds, folder = evaluation.pick_device(arguments.device), arguments.rounds, Path(arguments.weights)
-    figures = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    figures = {"machine": machine(), "threads": torch.get_num_threads(),
                "device": str(device), "torch": torch.__version__, "rounds": rounds}
     tokenizer = data.load_tokenizer(folder)
     model, peer = SmartBert(load_bert(folder), 2).to(device), peer_of(folder, 2, device)
@@ -71,6 +79,8 @@ def main() -> None:
         figures[name] = {"seconds": ours, "against": other, "ratio": other / ours}
         print(f"{name:<74} {ours:8.3f} s  {other:8.3f} s  {other / ours:6.2f}", flush=True)
 
+    print(f"{figures['machine']}, {figures['threads']} threads, {device}, torch {torch.__version__}, fp32; seconds are medians of "
+          f"{rounds} passes\nin turn; FLOPs count layers, attention, gates and heads on real tokens")
     print(f"{'what / against what':<74} {'ours':>8}    {'other':>8}    {'ratio':>6}")
     # The machine's peak: matrix products of a layer's sizes, against a plain forward of 32 x 128 real tokens.
     model.eval()
@@ -81,9 +91,15 @@ def main() -> None:
     matrices = [torch.randn(*shape, device=device) for shape in ((H, 3 * H), (H, H), (H, I), (I, H))]
 
     def products():
-        for _ in range(L):
-            for matrix in matrices:
-                torch.mm(y if matrix.shape[0] == I else x, matrix)
+        for matrix in matrices * L:
+            torch.mm(y if len(matrix) == I else x, matrix)
+
+    def products_of(batches):
+        """The layers' four products on these batches as they are padded, biases added, and nothing else: what is left when
+        everything else costs nothing."""
+        for b in batches:
+            for matrix in matrices * L:
+                torch.addmm(matrix[0], (y if len(matrix) == I else x)[:b.ids.numel()], matrix)
 
     with torch.inference_mode():
         ours, peak = in_turn(lambda: model(*full), products, rounds=rounds)
@@ -98,11 +114,13 @@ def main() -> None:
         if peer:
             peer.eval()
             with torch.inference_mode():
-                theirs, same, plain = in_turn(
+                theirs, same, floor, plain = in_turn(
                     lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given],
                     lambda: [model(b.ids, b.types, b.mask) for b in given],
+                    lambda: products_of(given),
                     lambda: [evaluation.run_pool(model, b, evaluation.Way("plain")) for b in pooled], rounds=rounds)
             note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
+            note(f"{task}: the bound, those batches' matrix products and nothing else / transformers", floor, theirs)
             note(f"{task}: whole dev set as each would run it / transformers", plain, theirs)
     # Training: a step of ours against plain fine-tuning of the peer, on the same batches, dropout on in both.
     training = data.encode(tokenizer, data.load_task("rte", arguments.data_dir)["train"])
@@ -146,7 +164,7 @@ def main() -> None:
         split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
         ways = [evaluation.Way("plain"), evaluation.Way("skip")]
         ways += [evaluation.Way(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
-        rows = evaluation.sweep(trained, split, None, task, ways, device, rounds)
+        rows = evaluation.sweep(trained, split, task, ways, device, rounds)
         for row in rows[1:]:
             note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
         pooled, leave = evaluation.pools(split, device), entropy_below(0.28)
