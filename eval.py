@@ -57,21 +57,24 @@ def pick_device(name: str) -> torch.device:
 def load_file(path: Path) -> dict:
     """A .pt file that train.py wrote. Raises WeightsError where it is missing or truncated, RunError where it is of
     another version."""
-    content = read_file(path, "let train.py finish the run, or train again")
+    content = read_file(path, "let train.py finish the run, or start over with --overwrite")
     if content.get("version") != VERSION:
-        raise RunError(f"{path} was written by another version of this project: train again")
+        raise RunError(f"{path} was written by another version of this project: train again with --overwrite")
     return content
 
 
 def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
     """Settings and trained model of a run. Raises RunError."""
-    try:
-        settings = json.loads((Path(folder) / "settings.json").read_text())
-    except (OSError, ValueError):
+    path = Path(folder) / "settings.json"
+    if not path.is_file():
         raise RunError(f"{folder} holds no run: no settings.json in it; train.py makes one")
     content = load_file(Path(folder) / "model.pt")
-    model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
-    model.load_state_dict(content["model"])
+    try:
+        settings = json.loads(path.read_text())
+        model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
+        model.load_state_dict(content["model"])
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        raise RunError(f"{folder} was trained by another version of this code, or is damaged: train again with --overwrite")
     return settings, model.to(device).eval()
 
 
@@ -199,11 +202,12 @@ def warnings(rows: list[Row], floor: float) -> Iterator[str]:
         if row.mode == "exit" and most == sum(row.exit_histogram) > row.exit_histogram[-1]:
             layer = row.exit_histogram.index(most) + 1
             yield f"at threshold {row.threshold:g} every example leaves at layer {layer}: it is too high"
-        if row.score <= floor:
-            yield f"{row}: the score is no better than always answering the majority class ({floor:.3f})"
     exits = [row for row in rows if row.mode == "exit"]
     if exits and not any(sum(row.exit_histogram[:-1]) for row in exits):
         yield "nobody ever exits early: the thresholds are too low"
+    poor = [str(row) for row in rows if row.score <= floor]
+    if poor:
+        yield f"no better than always answering the majority class ({floor:.3f}): {', '.join(poor)}"
 
 
 def table(rows: list[Row], metric: str, layers: int) -> str:
@@ -217,7 +221,9 @@ def table(rows: list[Row], metric: str, layers: int) -> str:
         lines.append(f"{row.mode:<6} {threshold:>9} {row.score:>9.3f} {held:>9} {row.layers:>7.2f} {row.flops:>7.3f} "
                      f"{1 / row.flops:>17.2f}x {seconds:>11}{' *' if row.chosen and threshold else ''}")
     return "\n".join(lines) + (f"\n(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted; "
-                               f"* chosen on held-out data)")
+                               f"* chosen on held-out data" + "".join(
+                                   f"; {row}: {1 / row.held_out_flops:.2f}x in FLOPs there" for row in rows
+                                   if row.chosen and row.threshold is not None) + ")")
 
 
 def bars(row: Row) -> str:
@@ -339,7 +345,7 @@ def show(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome,
         print(f"{trace(model, torch.tensor([len(split.ids[i])]), one, task.labels, sys.stdout.isatty())}; {way}")
 
 
-def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
+def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
     """PNG files in a run's folder, to be read from the last row of a lecture hall: score over FLOPs, skips and exits by
     layer, what became of each example, the training, and the exit criteria where others holds them. row, outcome: what
     to show of the dev set by layer."""
@@ -347,10 +353,11 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
     blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
     plt.switch_backend("Agg")
     plt.rcParams.update({
-        "font.size": 14, "figure.figsize": (8, 5), "figure.dpi": 120, "savefig.bbox": "tight", "lines.markersize": 9,
-        "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "image.aspect": "auto", "image.origin": "lower",
-        "image.interpolation": "nearest", "axes.prop_cycle": plt.cycler(color=[gray, green, orange, blue, "black"],
-                                                                        marker=list("sDo^*"))})
+        "font.size": 14, "figure.figsize": (8, 5), "savefig.dpi": 200, "savefig.bbox": "tight", "axes.grid": True,
+        "grid.alpha": 0.3, "axes.axisbelow": True, "image.aspect": "auto", "image.origin": "lower",
+        "image.interpolation": "nearest", "axes.prop_cycle": plt.cycler(     # two curves on each other are seen to be two
+            color=[gray, green, orange, blue, "black"], marker=list("sDo^*"), ls=["-", "--", "-", "-", "-"],
+            markersize=[11, 6, 9, 9, 13])})
     N, L = outcome.ran.shape
     layer = np.arange(1, L + 1)
 
@@ -363,34 +370,43 @@ def plot(folder: Path, rows: list[Row], row: Row, outcome: Outcome, others: list
     for name, key, drawn in ("score.png", "mode", rows), ("criteria.png", "criterion", others):
         for group in dict.fromkeys(getattr(each, key) for each in drawn):
             plt.plot(*zip(*sorted((each.flops, each.score) for each in drawn if getattr(each, key) == group)), label=group)
+        chosen = [(each.flops, each.score) for each in drawn if each.chosen and each.threshold is not None]
+        if chosen:
+            plt.plot(*zip(*chosen), "o", markersize=18, color="none", markeredgecolor="black", label="chosen on held-out data")
         if drawn:
             plt.legend()
-            finish(name, xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", xlim=(0, None))
+            finish(name, xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", title=title, xlim=(0, None))
 
     plt.bar(layer - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
     plt.bar(layer + 0.2, np.array(row.exit_histogram) / N, 0.4, color=blue, label="left after it")
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    finish("layers.png", xlabel="layer", ylabel="share of examples", title=str(row), xticks=layer, ylim=(0, 1))
+    finish("layers.png", xlabel="layer", ylabel="share of examples", title=f"{title}: {row}", xticks=layer, ylim=(0, 1))
 
     left, ran = outcome.exit.numpy()[:, None], outcome.ran.numpy()                      # (N, 1), (N, L)
     became = 1 * (left >= layer) + ran + ((left == layer) & (layer < L))                # 0 .. 3, as the colours' names
-    plt.imshow(became[np.lexsort((left[:, 0], ran.sum(1)))].T, cmap=plt.get_cmap("Blues", 4), vmin=-0.5, vmax=3.5,
-               extent=(0, N, 0.5, L + 0.5))                                             # each example a column
-    plt.colorbar(ticks=range(4), location="top").set_ticklabels(["not reached", "skipped", "run", "run, then left"])
+    plt.imshow(became[np.lexsort((left[:, 0], ran.sum(1)))].T, vmin=-0.5, vmax=3.5, extent=(0, N, 0.5, L + 0.5),
+               cmap=plt.matplotlib.colors.ListedColormap(["white", "#F0E442", blue, "black"]))     # each example a column
+    plt.colorbar(ticks=range(4), location="bottom", pad=0.2).set_ticklabels(["not reached", "skipped", "run", "run, then left"])
     plt.grid(False)
-    finish("examples.png", xlabel=f"the dev set's examples, the cheapest first; {row}", ylabel="layer", yticks=layer)
+    finish("examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=layer,
+           title=f"{title}: {row}")
 
-    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"step"' in line]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps, epochs = [line for line in log if "step" in line], [line for line in log if "step" not in line]
+    scores = [next(seen for seen in line.values() if isinstance(seen, dict))[metric] for line in epochs]
     run = np.array([step["run"] for step in steps if "run" in step])                    # (steps of phase 1, L)
+    each = len(epochs) / len(steps)                                                     # epochs to a line of the log
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
-    upper.plot(np.arange(len(steps)) + 0.5, [step["loss"] for step in steps], color=blue, marker="")
-    upper.set(ylabel="loss", title="phase 1, then (dashed) phase 2")
-    image = lower.imshow(run.T, cmap="cividis", vmin=0, vmax=1, extent=(0, len(run), 0.5, L + 0.5))
+    upper.plot((np.arange(len(steps)) + 0.5) * each, [step["loss"] for step in steps], "-", color=blue, label="loss")
+    upper.plot(np.arange(len(epochs)) + 1, scores, "o", color=orange, markersize=6, label=f"{metric}, held-out")
+    upper.legend()
+    upper.set(title=f"{title}: phase 1, then (dashed) phase 2")
+    image = lower.imshow(run.T, cmap="cividis", vmin=0, vmax=1, extent=(0, len(run) * each, 0.5, L + 0.5))
     figure.colorbar(image, ax=lower, location="bottom", label="share of examples that run the layer")
     lower.grid(False)
     for axes in (upper, lower):
-        axes.axvline(len(run), color="black", ls="--", marker="")
-    finish("training.png", xlabel="training, in averages of 20 steps", ylabel="layer", yticks=layer, xlim=(0, len(steps)))
+        axes.axvline(len(run) * each, color="black", ls="--", marker="")
+    finish("training.png", xlabel="epochs", ylabel="layer", yticks=layer, xlim=(0, len(epochs)))
 
 
 # --- From the command line --------------------------------------------------------------------------------------------
@@ -402,10 +418,14 @@ def check(arguments: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number < math.inf:     # false for nan as well
                 raise RunError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
-    if (arguments.plot or arguments.criteria) and (arguments.trace or arguments.trace_examples or arguments.predict):
-        raise RunError("--plot and --criteria belong to the table, not to --trace, --trace-examples or --predict")
+    if ((arguments.plot or arguments.criteria or arguments.target_speedup)
+            and (arguments.trace or arguments.trace_examples or arguments.predict)):
+        raise RunError("--plot, --criteria and --target-speedup belong to the table, not to --trace, --trace-examples or "
+                       "--predict; there --thresholds is what they go by")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
         raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
+    if arguments.plot and not (Path(arguments.run) / "log.jsonl").is_file():
+        raise RunError(f"--plot needs {Path(arguments.run) / 'log.jsonl'}, which train.py wrote: train again")
 
 
 def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, device: torch.device) -> None:
@@ -457,6 +477,8 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
               f"{majority:.3f}\n\n{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
         for warning in warnings(rows, majority):
             print(f"warning: {warning}")
+        if arguments.target_speedup and best.held_out_flops and best.held_out_flops > 1 / arguments.target_speedup:
+            print(f"warning: no threshold saves so much that --target-speedup {arguments.target_speedup:g} is reached")
         if others:
             print(f"\n{criteria_table(others)}")
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
@@ -466,7 +488,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
             "rows": [vars(row) for row in rows]} | ({"criteria": [vars(row) for row in others]} if others else {}))
         print(f"\nwrote {path}")
         if arguments.plot and name == task.devs[0]:
-            plot(folder, rows, best, predict(model, pools(split, device), best), others, metric)
+            plot(folder, task.name, rows, best, predict(model, pools(split, device), best), others, metric)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -501,6 +523,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, WeightsError, RunError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                 # what reads has read enough: | head
+        sys.stdout = None
 
 
 if __name__ == "__main__":

@@ -166,7 +166,10 @@ def open_folder(settings: Settings) -> Path:
     if any((out / name).is_file() for name in ("checkpoint.pt", "model.pt")) and not settings.overwrite:
         raise RunError(f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or name "
                        f"another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be made ({error.strerror}): name another folder")
     for pattern in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "eval*.json"):
         for stale in out.glob(pattern):
             stale.unlink()
@@ -242,6 +245,7 @@ def train(settings: Settings) -> Path:
     out = open_folder(settings)
     data.write_vocabulary(tokenizer, out)
     if (out / "model.pt").is_file():
+        evaluation.load_run(out, device)                    # or says what is wrong with it
         print(f"{out} is finished already")
         return out
     last_phase = 2 if settings.method == "smartbert" and settings.epochs2 else 1
