@@ -65,7 +65,7 @@ class Dropout(nn.Module):
         n, dropped = x.numel(), round(self.p * 2**16)
         # each 64 bits as four numbers, even in [-2^15, 2^15): the `dropped` lowest of the 2^16 values are dropped
         bits = torch.empty(n // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
-        return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+        return x.masked_fill(bits < dropped - 2**15, 0.0) * (2**16 / (2**16 - dropped))
 
 
 class Embeddings(nn.Module):
