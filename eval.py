@@ -418,10 +418,10 @@ def check(arguments: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number < math.inf:     # false for nan as well
                 raise RunError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
-    if ((arguments.plot or arguments.criteria or arguments.target_speedup)
-            and (arguments.trace or arguments.trace_examples or arguments.predict)):
-        raise RunError("--plot, --criteria and --target-speedup belong to the table, not to --trace, --trace-examples or "
-                       "--predict; there --thresholds is what they go by")
+    look = arguments.trace or arguments.trace_examples or arguments.predict
+    if look and arguments.target_speedup or (look or arguments.summary) and (arguments.plot or arguments.criteria):
+        raise RunError("--plot, --criteria and --target-speedup belong to a run's table; --trace, --trace-examples and "
+                       "--predict go by --thresholds")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
         raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
     if arguments.plot and not (Path(arguments.run) / "log.jsonl").is_file():

@@ -87,7 +87,7 @@ class Settings:
 RECIPES = {
     "toy": dict(lr=5e-4, batch_size=64, epochs1=30, epochs2=6, dropout=0.0, budget=0.6),
     "cola": dict(lr=1.5e-4, epochs1=6),
-    "sst2": dict(lr=1.5e-4, batch_size=64, epochs1=3, budget=0.35, push_start=0.25),
+    "sst2": dict(epochs1=3, epochs2=1, push_start=0.25),
     "mrpc": dict(batch_size=16),
     "rte": dict(lr=5e-5, batch_size=16, epochs1=6),
 }

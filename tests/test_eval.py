@@ -76,13 +76,18 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
         share = evaluation.flops(model, tokens, outcome).sum() / evaluation.plain_flops(model, tokens).sum()
         again.append(row(mode, r["held_out"], share.item(), r["threshold"]))
         assert r["held_out_flops"] == pytest.approx(share.item())
-    choose(again, 1.0, 2.0)
+    choose(again, speedup=2.0)
     assert [r["chosen"] for r in result["rows"]] == [r.chosen for r in again]
     # the criteria: all layers at the last one is plain BERT, and none is better than the oracle
     others = result["criteria"]
     last = next(r for r in others if r["criterion"] == "layer" and r["threshold"] == 6)
     assert (last["score"], last["flops"], last["layers"]) == (result["rows"][0]["score"], pytest.approx(1), 6)
     assert others[-1]["criterion"] == "oracle" and others[-1]["score"] == max(r["score"] for r in others)
+
+
+def test_a_target_out_of_reach_is_said(finished, capsys):
+    evaluation.main([str(finished), "--thresholds", "0.3", "--repeats", "0", "--device", "cpu", "--target-speedup", "99"])
+    assert "--target-speedup 99 is reached" in capsys.readouterr().out
 
 
 def test_own_sentences(finished, tmp_path, capsys, monkeypatch):

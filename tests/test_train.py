@@ -133,13 +133,14 @@ def test_plain_bert_and_ablations_run(tmp_path, capsys):
     """The baseline and each ablation train and evaluate."""
     tiny = ["--limit", "60", "--epochs1", "1", "--epochs2", "1", "--device", "cpu"]
     for name, flags in (("bert", ["--method", "bert"]), ("none", ["--no-skipping"]), ("soft", ["--soft-gates"]),
-                        ("far", ["--no-contrast", "--lam", "0.04", "--gate-bias", "0"])):
+                        ("far", ["--no-contrast", "--lam", "0.04", "--gate-bias", "0"]), ("gates", ["--epochs2", "0"])):
         out = tmp_path / name
         train.main([*tiny, *flags, "--out", str(out)])
         evaluation.main([str(out), "--repeats", "1", "--thresholds", "0.5", "--device", "cpu"])
     rows = {name: [row["mode"] for row in json.loads((tmp_path / name / "eval.json").read_text())["rows"]]
-            for name in ("bert", "none", "soft")}
-    assert rows == {"bert": ["plain"], "none": ["plain", "exit"], "soft": ["plain", "skip", "exit", "both"]}
+            for name in ("bert", "none", "soft", "gates")}
+    assert rows == {"bert": ["plain"], "none": ["plain", "exit"], "soft": ["plain", "skip", "exit", "both"],
+                    "gates": ["plain", "skip"]}
     records = [json.loads(line) for line in (tmp_path / "none/log.jsonl").read_text().splitlines()]
     assert all(share == 1 for record in records if "run" in record for share in record["run"])
 
@@ -219,7 +220,18 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
         (copy / "settings.json").write_bytes((finished / "settings.json").read_bytes())
         (copy / "model.pt").write_bytes(content)
         refused(evaluation.main, [copy], word)
+        refused(train.main, [*SMALL, "--out", copy, "--resume"], word, "--overwrite")      # nor is it finished already
     torch.save({"version": 99}, copy / "model.pt")
     refused(evaluation.main, [copy], "another version")
+    content = torch.load(finished / "model.pt", weights_only=True)
+    content["model"].pop("gates.0.out.bias")
+    torch.save(content, copy / "model.pt")
+    refused(evaluation.main, [copy], "another version", "--overwrite")
+    refused(evaluation.main, [finished, "--trace", "x", "--target-speedup", "2"], "--thresholds")
+    refused(evaluation.main, ["--summary", "x", "--plot"], "--plot")
+    (tmp_path / "file").touch()
+    refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
+    (copy / "settings.json").write_text("{")
+    refused(train.main, [*SMALL, "--out", copy, "--resume"], "settings.json", "--overwrite")
 
 
