@@ -34,10 +34,11 @@ from smartbert import (Outcome, SmartBert, entropy_below, first_correct, fixed_l
                        probability_above, trace)
 
 VERSION = 1             # of the files in a run's folder; another number means another layout
-MAX_DROP = 0.5          # points of score that a chosen threshold may lose on held-out data; half a point, so that dev loses
-                        # hardly more than one
+MAX_DROP = 0.5          # points of score that exits at a chosen threshold may lose on held-out data
 POOL = 1024             # rows that wait at a layer together: enough for full batches, little enough for memory
 OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}        # settings that change no result
+OF_SMARTBERT = set("budget budget_weight lam gate_bias push_start push_full soft_epochs eta1 eta2 tau1 tau2 epochs2 "
+                   "no_skipping no_contrast soft_gates".split())                    # settings that a plain BERT does not have
 
 
 class RunError(ValueError):
@@ -176,14 +177,15 @@ def sweep(model: SmartBert, split: Split, task: Task, ways: list[Way], device: t
 
 
 def choose(rows: list[Row], max_drop: float = MAX_DROP, speedup: float | None = None) -> None:
-    """Mark the row of each mode to take, by what it gave on held-out data: the cheapest whose score is at most max_drop
-    points below the best row without exits; or, for a target speed-up in FLOPs, the best score among those that reach
-    it. Where none does: the best score, or the cheapest. Without held-out data none is marked."""
+    """Mark the row of each mode to take, by what it gave on held-out data: the cheapest whose exits lose at most max_drop
+    points (exit against plain, both against skip); or, for a target speed-up in FLOPs, the best score among those that
+    reach it. Where none does: the best score, or the cheapest. Without held-out data none is marked."""
     if any(row.held_out is None for row in rows):
         return
-    floor = max(row.held_out for row in rows if row.mode in ("plain", "skip")) - max_drop / 100
+    without = {row.mode: row.held_out for row in rows if row.threshold is None}
 
     def rank(row: Row) -> tuple[bool, float]:               # those that do what is asked come before all others
+        floor = without["skip" if row.mode == "both" else "plain"] - max_drop / 100
         if speedup:
             return (True, row.held_out) if row.held_out_flops <= 1 / speedup else (False, -row.held_out_flops)
         return (True, -row.held_out_flops) if row.held_out >= floor else (False, row.held_out)
@@ -462,6 +464,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
     ways = [Way(mode, threshold) for mode in modes for threshold in (thresholds if mode in ("exit", "both") else [None])]
     kept = {key: value for key, value in settings.items() if key not in OF_A_MACHINE}
     kept["weights"] = settings["weights"] and Path(settings["weights"]).name
+    kept = {key: value for key, value in kept.items() if smart or key not in OF_SMARTBERT}
     metric, pools_held = task.metrics[0], pools(held, device) if held else []
     judged = [measure(model, held, task, pools_held, way) for way in ways] if held else []
     for name in task.devs:
@@ -496,7 +499,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", help="the folder of a run that train.py made")
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="E", help="entropies below which an example leaves")
     parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS", help="choose the cheapest threshold "
-                        f"that loses at most so much on held-out data (default {MAX_DROP})")
+                        f"whose exits lose at most so much on held-out data (default {MAX_DROP})")
     parser.add_argument("--target-speedup", type=float, metavar="X", help="or the best one with so many times fewer FLOPs")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
     parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder (needs matplotlib)")

@@ -13,12 +13,16 @@ held out; the dev set is left to eval.py. A run's folder holds settings.json, lo
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+
+# Before torch is there: its bf16 products on a CPU keep kernels for each shape of batch seen, on RTE more than a gigabyte.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 import torch.nn.functional as F
 from torch import nn

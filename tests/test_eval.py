@@ -36,7 +36,8 @@ ROWS = [row("plain", .90, 1.), row("skip", .91, .5), row("exit", .92, .8, .1), r
 
 
 @pytest.mark.parametrize("max_drop, speedup, exits, both", [
-    (1.0, None, 0.2, 0.1),          # at most a point below .91: .901 and .905 are the cheapest
+    (0.5, None, 0.2, 0.1),          # exits at most half a point below plain's .90, both below skip's .91: .901 and .905
+    (1.0, None, 0.3, 0.1),
     (2.5, None, 0.3, 0.2),
     (-5.0, None, 0.1, 0.1),         # nobody gains five points: the best score
     (1.0, 2.0, 0.2, 0.1),           # FLOPs at most .5: the best score among those
@@ -155,8 +156,8 @@ def test_summary_is_mean_and_spread(tmp_path):
     another file is refused."""
     scores, files = (.5, .6, .9, .3), []
     for i, score in enumerate(scores):
-        rows = [vars(row("plain", .1, 1.)), vars(row("both", 2 * score, score / 4, .2)), vars(row("both", 2 * score, .9, .1)),
-                vars(row("both", .02, .01, .3))]
+        rows = [vars(row("plain", .1, 1.)), vars(row("skip", 2 * score, 1.)), vars(row("both", 2 * score, score / 4, .2)),
+                vars(row("both", 2 * score, .9, .1)), vars(row("both", .02, .01, .3))]
         settings = dict(task="cola", method="smartbert", weights="w", seed=i, budget=.5 if i < 3 else .4)
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
