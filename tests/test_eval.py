@@ -168,6 +168,12 @@ def test_summary_is_mean_and_spread(tmp_path):
     assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
     dear = [l for l in evaluation.summary([str(f) for f in files], speedup=99).splitlines() if " both " in l][0]
     assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
+    for i, score in enumerate((.3, .4)):                # beside two plain BERTs of .35 on average
+        settings, files = dict(task="cola", method="bert", weights="w", seed=i), files + [tmp_path / f"bert{i}.json"]
+        files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings,
+                                         "rows": [vars(row("plain", 2 * score, 1.))]}))
+    lines = evaluation.summary([str(f) for f in files]).splitlines()
+    assert [l.split()[-1] for l in lines if " both " in l] == [f"{100 * (mean - .35):+.1f}", "-5.0"]
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(RunError, match="x.json"):
         evaluation.summary([str(tmp_path / "x.json")])
