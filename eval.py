@@ -39,6 +39,7 @@ POOL = 1024             # rows that wait at a layer together: enough for full ba
 OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}        # settings that change no result
 OF_SMARTBERT = set("budget budget_weight lam gate_bias push_start push_full soft_epochs eta1 eta2 tau1 tau2 epochs2 "
                    "no_skipping no_contrast soft_gates".split())                    # settings that a plain BERT does not have
+NEEDED = set("task method weights data_dir cache max_length limit held_out seed bf16".split())    # what eval.py reads
 
 
 class RunError(ValueError):
@@ -72,9 +73,11 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
     content = load_file(Path(folder) / "model.pt")
     try:
         settings = json.loads(path.read_text())
+        if not NEEDED | OF_SMARTBERT <= settings.keys():
+            raise KeyError
         model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
         model.load_state_dict(content["model"])
-    except (ValueError, KeyError, TypeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         raise RunError(f"{folder} was trained by another version of this code, or is damaged: train again with --overwrite")
     return settings, model.to(device).eval()
 
@@ -136,7 +139,7 @@ def predict(model: SmartBert, batches: list[Batch], way: Way) -> Outcome:
 
 
 def measure(model: SmartBert, split: Split, task: Task, batches: list[Batch], way: Way) -> Row:
-    """Run a split one way and account for it. Seconds and held-out figures are left for `sweep`."""
+    """Run a split one way and account for it. Seconds are left for `sweep`, held-out figures for `evaluate`."""
     outcome = predict(model, batches, way)
     if way.criterion == "layer":                            # a shallower BERT would not have asked the heads before
         outcome.history[:, :int(way.threshold) - 1] = torch.nan
@@ -223,9 +226,9 @@ def table(rows: list[Row], metric: str, layers: int) -> str:
         lines.append(f"{row.mode:<6} {threshold:>9} {row.score:>9.3f} {held:>9} {row.layers:>7.2f} {row.flops:>7.3f} "
                      f"{1 / row.flops:>17.2f}x {seconds:>11}{' *' if row.chosen and threshold else ''}")
     return "\n".join(lines) + (f"\n(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted; "
-                               f"* chosen on held-out data" + "".join(
-                                   f"; {row}: {1 / row.held_out_flops:.2f}x in FLOPs there" for row in rows
-                                   if row.chosen and row.threshold is not None) + ")")
+                               f"* chosen on held-out data)") + "".join(
+        f"\n* {row}: {1 / row.held_out_flops:.2f}x in FLOPs on the data that chose it"
+        for row in rows if row.chosen and row.threshold is not None)
 
 
 def bars(row: Row) -> str:
@@ -269,11 +272,13 @@ def criteria_table(rows: list[Row]) -> str:
     return "\n".join(lines) + f"\nthe oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: no criterion can pass it"
 
 
-def read_result(path: Path) -> tuple[dict, list[Row]]:
-    """An eval.json and its rows. Raises RunError."""
+def read_result(path: Path) -> tuple[tuple[str, str, str], dict, list[Row]]:
+    """An eval.json: what it is of (data, weights, method), its run's settings, its rows. Raises RunError."""
     try:
         result = json.loads(path.read_text())
-        return result, [Row(**row) for row in result["rows"]]
+        settings, rows = result["settings"], [Row(**row) for row in result["rows"]]
+        name = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
+        return (name, settings["weights"] or "", settings["method"]), settings, rows
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path} is no eval.json of this version: name those of evaluated runs, or the runs' folders")
 
@@ -284,13 +289,10 @@ def summary(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None 
     Raises RunError."""
     runs, groups = [], {}
     for path in map(Path, paths):
-        result, rows = read_result(path / "eval.json" if path.is_dir() else path)
+        name, settings, rows = read_result(path / "eval.json" if path.is_dir() else path)
         choose(rows, max_drop, speedup)
         if not any(row.chosen for row in rows):
             raise RunError(f"{path}: nothing was held out, so no threshold can be chosen; leave it out")
-        settings = result["settings"]
-        name = (f"{result['task']} {result['split']}{' (partial)' * result['partial']}", settings["weights"] or "",
-                settings["method"])
         runs.append((name, settings, rows))
     for name, settings, rows in runs:       # a run is named by what it has otherwise than most of its data and weights
         alike = [other for other_name, other, _ in runs if other_name == name]
@@ -447,7 +449,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
     splits = {name: data.encode(tokenizer, split, settings["max_length"]) for name, split in splits.items()}
     if own or arguments.trace_examples:
         before = folder / "eval.json"                       # what was chosen when the run was evaluated, if it was
-        rows = read_result(before)[1] if before.is_file() else []
+        rows = read_result(before)[-1] if before.is_file() else []
         chosen = [row.threshold for row in rows if row.mode == modes[-1] and row.chosen]
         threshold = (arguments.thresholds or chosen or thresholds)[0]
         split = splits["own" if own else task.devs[0]]

@@ -147,7 +147,7 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 # --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
 
 def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
-    """Run every layer (of the first `depth`) and mix its output with its input as the gate says (SmartBert.py:91-103).
+    """Run every layer (layers[:depth]) and mix its output with its input as the gate says (SmartBert.py:91-103).
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 

@@ -73,7 +73,7 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient")
     dropout: float = flag(0.1, "of hidden states and attention")
     max_length: int = flag(128, "tokens of an example; longer ones are cut")
-    held_out: float = flag(0.1, "share of the training set on which epoch and threshold are picked; 0: the dev set is")
+    held_out: float = flag(0.1, "share of the training set on which epoch and threshold are picked; 0: dev picks the epoch")
     limit: int | None = flag(None, "use only so many training rows")
     seed: int = flag(50, "of weights, order and dropout")
     # the paper's ablations
@@ -159,12 +159,12 @@ def open_folder(settings: Settings) -> Path:
         raise RunError(f"--out {out} is a file; name a folder")
     if path.is_file() and settings.resume:
         try:
-            before, now = json.loads(path.read_text()), asdict(settings)
-        except ValueError:
+            before, now = dict(json.loads(path.read_text())), asdict(settings)
+        except (ValueError, TypeError):
             raise RunError(f"{path} is damaged: start over with --overwrite")
-        for name in before.keys() - evaluation.OF_A_MACHINE:
-            if before[name] != now.get(name):
-                raise RunError(f"{out} was started with {name} = {before[name]}, not {now.get(name)}: resume with the "
+        for name in now.keys() - evaluation.OF_A_MACHINE:
+            if before.get(name) != now[name]:
+                raise RunError(f"{out} was started with {name} = {before.get(name)}, not {now[name]}: resume with the "
                                f"same settings")
         return out
     if any((out / name).is_file() for name in ("checkpoint.pt", "model.pt")) and not settings.overwrite:

@@ -174,9 +174,10 @@ def test_summary_is_mean_and_spread(tmp_path):
                                          "rows": [vars(row("plain", 2 * score, 1.))]}))
     lines = evaluation.summary([str(f) for f in files]).splitlines()
     assert [l.split()[-1] for l in lines if " both " in l] == [f"{100 * (mean - .35):+.1f}", "-5.0"]
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(RunError, match="x.json"):
-        evaluation.summary([str(tmp_path / "x.json")])
+    for content in ("[]", '{"rows": []}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(RunError, match="x.json"):
+            evaluation.summary([str(tmp_path / "x.json")])
 
 
 def test_the_shipped_results_are_whole():

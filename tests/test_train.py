@@ -231,7 +231,10 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, ["--summary", "x", "--plot"], "--plot")
     (tmp_path / "file").touch()
     refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
-    (copy / "settings.json").write_text("{")
+    torch.save(torch.load(finished / "model.pt", weights_only=True), copy / "model.pt")
+    for content in ("[]", "{}", "{"):
+        (copy / "settings.json").write_text(content)
+        refused(evaluation.main, [copy], "--overwrite")
     refused(train.main, [*SMALL, "--out", copy, "--resume"], "settings.json", "--overwrite")
 
 
