@@ -283,11 +283,10 @@ def read_result(path: Path) -> tuple[tuple[str, str, str], dict, list[Row]]:
         raise RunError(f"{path} is no eval.json of this version: name those of evaluated runs, or the runs' folders")
 
 
-def summary(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None = None) -> str:
-    """Mean and standard deviation over the seeds of a study, from the eval.json of its runs, each with the threshold that
-    `choose` takes; and the points lost or won against the plain BERTs trained on the same data from the same weights.
-    Raises RunError."""
-    runs, groups = [], {}
+def read_study(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None = None) -> dict[tuple, list[list[Row]]]:
+    """The eval.json of a study's runs: (data, weights, method, what is unusual) -> the rows of each seed, each run with the
+    thresholds that `choose` takes. Raises RunError."""
+    runs, study = [], {}
     for path in map(Path, paths):
         name, settings, rows = read_result(path / "eval.json" if path.is_dir() else path)
         choose(rows, max_drop, speedup)
@@ -298,20 +297,29 @@ def summary(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None 
         alike = [other for other_name, other, _ in runs if other_name == name]
         differ = "".join(f" {key}={value}" for key, value in settings.items()
                          if key != "seed" and value != statistics.mode(other.get(key) for other in alike))
-        for row in rows:
-            if row.chosen:
-                groups.setdefault((*name, differ, row.mode), []).append(row)
+        study.setdefault((*name, differ), []).append(rows)
+    return dict(sorted(study.items()))
 
+
+def baseline(study: dict, task: str, weights: str) -> list[float]:
+    """The scores of the plain BERTs that were trained for themselves on the same data from the same weights."""
+    return [rows[0].score for key, seeds in study.items() if key[:3] == (task, weights, "bert") for rows in seeds]
+
+
+def summary(study: dict) -> str:
+    """Mean and standard deviation over the seeds of what was chosen, and the points lost or won against plain BERT."""
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
     lines = [f"{'data':<18} {'weights':<10} {'run':<34} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
-    for (task, weights, method, differ, mode), rows in sorted(groups.items()):
-        scores = [row.score for row in rows]
-        plain = [row.score for key, others in groups.items() if key[:3] == (task, weights, "bert") for row in others]
-        points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}" if plain and method != "bert" else ""
-        lines.append(f"{task:<18} {weights:<10} {method + differ:<34} {mode:<6} {len(rows):>5} {cell(scores):>14} "
-                     f"{cell([row.flops for row in rows]):>14} {points:>7}".rstrip())
+    for (task, weights, method, differ), seeds in study.items():
+        plain = baseline(study, task, weights)
+        for mode in sorted({row.mode for rows in seeds for row in rows}):
+            chosen = [row for rows in seeds for row in rows if row.mode == mode and row.chosen]
+            scores = [row.score for row in chosen]
+            points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}" if plain and method != "bert" else ""
+            lines.append(f"{task:<18} {weights:<10} {method + differ:<34} {mode:<6} {len(scores):>5} {cell(scores):>14} "
+                         f"{cell([row.flops for row in chosen]):>14} {points:>7}".rstrip())
     return "\n".join(lines) + "\n(points: score against a plain BERT trained for itself)"
 
 
@@ -349,19 +357,56 @@ def show(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome,
         print(f"{trace(model, torch.tensor([len(split.ids[i])]), one, task.labels, sys.stdout.isatty())}; {way}")
 
 
-def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
-    """PNG files in a run's folder, to be read from the last row of a lecture hall: score over FLOPs, skips and exits by
-    layer, what became of each example, the training, and the exit criteria where others holds them. row, outcome: what
-    to show of the dev set by layer."""
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#999999"          # told apart by colour-blind eyes as well
+
+
+def canvas():
+    """matplotlib's pyplot, set to be read from the last row of a lecture hall."""
     import matplotlib.pyplot as plt                         # here: nothing else needs it
-    blue, orange, green, gray = "#0072B2", "#E69F00", "#009E73", "#999999"      # told apart by colour-blind eyes as well
     plt.switch_backend("Agg")
     plt.rcParams.update({
         "font.size": 14, "figure.figsize": (8, 5), "savefig.dpi": 200, "savefig.bbox": "tight", "axes.grid": True,
         "grid.alpha": 0.3, "axes.axisbelow": True, "image.aspect": "auto", "image.origin": "lower",
         "image.interpolation": "nearest", "axes.prop_cycle": plt.cycler(     # two curves on each other are seen to be two
-            color=[gray, green, orange, blue, "black"], marker=list("sDo^*"), ls=["-", "--", "-", "-", "-"],
+            color=[GRAY, GREEN, ORANGE, BLUE, "black"], marker=list("sDo^*"), ls=["-", "--", "-", "-", "-"],
             markersize=[11, 6, 9, 9, 13])})
+    return plt
+
+
+def plot_study(study: dict, folder: Path) -> None:
+    """score.png in a folder: score over FLOPs, mean over the seeds, a panel for each data set with a plain BERT of its own,
+    whose mean and standard deviation are the gray line and band. Raises RunError."""
+    panels = [(key, seeds, plain) for key, seeds in study.items()
+              if key[2:] == ("smartbert", "") and (plain := baseline(study, *key[:2]))]
+    if not panels:
+        raise RunError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the same data from the same weights")
+    plt, costs = canvas(), np.linspace(0.1, 1, 91)
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(14, 5 * -(-len(panels) // 2)), layout="constrained",
+                                squeeze=False)
+    for panel, ((task, weights, *_), seeds, plain) in zip(axes.flat, panels):
+        mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
+        panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
+        panel.axhline(mean, color=GRAY, marker="", label="plain BERT, trained for itself")
+        for mode, colour, marker in ("skip", GREEN, "D"), ("exit", ORANGE, ""), ("both", BLUE, ""):
+            ways = [[row for row in rows if row.mode == mode] for rows in seeds]
+            if mode == "skip" and all(ways):
+                panel.plot(*np.mean([(row.flops, row.score) for (row,) in ways], 0), marker, color=colour, label=mode)
+            elif all(ways):
+                panel.plot(costs, np.mean([[at_cost(rows, cost) for cost in costs] for rows in ways], 0), color=colour,
+                           ls="-" if mode == "both" else "--", lw=3, marker="", label=mode)
+        panel.set(title=f"{task}, {weights}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", xlim=(0, 1),
+                  xlabel="FLOPs, share of plain BERT", ylabel="score")
+    for panel in axes.flat[len(panels):]:
+        panel.axis("off")
+    axes[0, 0].legend()
+    plt.savefig(folder / "score.png")
+    print(f"wrote {folder / 'score.png'}")
+
+
+def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
+    """PNG files in a run's folder: score over FLOPs, skips and exits by layer, what became of each example, the training,
+    and the exit criteria where others holds them. row, outcome: what to show of the dev set by layer."""
+    plt = canvas()
     N, L = outcome.ran.shape
     layer = np.arange(1, L + 1)
 
@@ -381,15 +426,15 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
             plt.legend()
             finish(name, xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", title=title, xlim=(0, None))
 
-    plt.bar(layer - 0.2, row.skip_rate, 0.4, color=green, hatch="//", label="skipped by those who reached it")
-    plt.bar(layer + 0.2, np.array(row.exit_histogram) / N, 0.4, color=blue, label="left after it")
+    plt.bar(layer - 0.2, row.skip_rate, 0.4, color=GREEN, hatch="//", label="skipped by those who reached it")
+    plt.bar(layer + 0.2, np.array(row.exit_histogram) / N, 0.4, color=BLUE, label="left after it")
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     finish("layers.png", xlabel="layer", ylabel="share of examples", title=f"{title}: {row}", xticks=layer, ylim=(0, 1))
 
     left, ran = outcome.exit.numpy()[:, None], outcome.ran.numpy()                      # (N, 1), (N, L)
     became = 1 * (left >= layer) + ran + ((left == layer) & (layer < L))                # 0 .. 3, as the colours' names
     plt.imshow(became[np.lexsort((left[:, 0], ran.sum(1)))].T, vmin=-0.5, vmax=3.5, extent=(0, N, 0.5, L + 0.5),
-               cmap=plt.matplotlib.colors.ListedColormap(["white", "#F0E442", blue, "black"]))     # each example a column
+               cmap=plt.matplotlib.colors.ListedColormap(["white", "#F0E442", BLUE, "black"]))     # each example a column
     plt.colorbar(ticks=range(4), location="bottom", pad=0.2).set_ticklabels(["not reached", "skipped", "run", "run, then left"])
     plt.grid(False)
     finish("examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=layer,
@@ -401,8 +446,8 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
     run = np.array([step["run"] for step in steps if "run" in step])                    # (steps of phase 1, L)
     each = len(epochs) / len(steps)                                                     # epochs to a line of the log
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(8, 8), layout="constrained")
-    upper.plot((np.arange(len(steps)) + 0.5) * each, [step["loss"] for step in steps], "-", color=blue, label="loss")
-    upper.plot(np.arange(len(epochs)) + 1, scores, "o", color=orange, markersize=6, label=f"{metric}, held-out")
+    upper.plot((np.arange(len(steps)) + 0.5) * each, [step["loss"] for step in steps], "-", color=BLUE, label="loss")
+    upper.plot(np.arange(len(epochs)) + 1, scores, "o", color=ORANGE, markersize=6, label=f"{metric}, held-out")
     upper.legend()
     upper.set(title=f"{title}: phase 1, then (dashed) phase 2")
     image = lower.imshow(run.T, cmap="cividis", vmin=0, vmax=1, extent=(0, len(run) * each, 0.5, L + 0.5))
@@ -423,12 +468,12 @@ def check(arguments: argparse.Namespace) -> None:
             if number is not None and not low <= number < math.inf:     # false for nan as well
                 raise RunError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
     look = arguments.trace or arguments.trace_examples or arguments.predict
-    if look and arguments.target_speedup or (look or arguments.summary) and (arguments.plot or arguments.criteria):
+    if look and (arguments.target_speedup or arguments.plot) or (look or arguments.summary) and arguments.criteria:
         raise RunError("--plot, --criteria and --target-speedup belong to a run's table; --trace, --trace-examples and "
                        "--predict go by --thresholds")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
         raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
-    if arguments.plot and not (Path(arguments.run) / "log.jsonl").is_file():
+    if arguments.plot and not arguments.summary and not (Path(arguments.run) / "log.jsonl").is_file():
         raise RunError(f"--plot needs {Path(arguments.run) / 'log.jsonl'}, which train.py wrote: train again")
 
 
@@ -504,7 +549,8 @@ def main(arguments: list[str] | None = None) -> None:
                         f"whose exits lose at most so much on held-out data (default {MAX_DROP})")
     parser.add_argument("--target-speedup", type=float, metavar="X", help="or the best one with so many times fewer FLOPs")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
-    parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder (needs matplotlib)")
+    parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder, or with --summary "
+                        "score.png beside the first file (needs matplotlib)")
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--trace", nargs="+", metavar="TEXT", help="show a sentence, or the two of a pair, layer by layer")
     look.add_argument("--trace-examples", type=int, metavar="N", help="show the N easiest and hardest of the dev set")
@@ -519,7 +565,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check(asked)
         if asked.summary:
-            print(summary(asked.summary, asked.max_drop, asked.target_speedup))
+            study = read_study(asked.summary, asked.max_drop, asked.target_speedup)
+            print(summary(study))
+            if asked.plot:
+                plot_study(study, Path(asked.summary[0]).parent)
         else:
             device = pick_device(asked.device)
             settings, model = load_run(asked.run, device)

@@ -161,30 +161,30 @@ def test_summary_is_mean_and_spread(tmp_path):
         settings = dict(task="cola", method="smartbert", weights="w", seed=i, budget=.5 if i < 3 else .4)
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
-    line, alone = [l for l in evaluation.summary([str(f) for f in files]).splitlines() if " both " in l]
+    line, alone = [l for l in evaluation.summary(evaluation.read_study(files)).splitlines() if " both " in l]
     mean, spread = statistics.mean(scores[:3]), statistics.stdev(scores[:3])
     assert line.split()[-9:] == ["smartbert", "both", "3", f"{mean:.3f}", "+-", f"{spread:.3f}", f"{mean / 2:.3f}", "+-",
                                  f"{spread / 2:.3f}"]
     assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
-    dear = [l for l in evaluation.summary([str(f) for f in files], speedup=99).splitlines() if " both " in l][0]
+    dear = [l for l in evaluation.summary(evaluation.read_study(files, speedup=99)).splitlines() if " both " in l][0]
     assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
     for i, score in enumerate((.3, .4)):                # beside two plain BERTs of .35 on average
         settings, files = dict(task="cola", method="bert", weights="w", seed=i), files + [tmp_path / f"bert{i}.json"]
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings,
                                          "rows": [vars(row("plain", 2 * score, 1.))]}))
-    lines = evaluation.summary([str(f) for f in files]).splitlines()
+    lines = evaluation.summary(evaluation.read_study(files)).splitlines()
     assert [l.split()[-1] for l in lines if " both " in l] == [f"{100 * (mean - .35):+.1f}", "-5.0"]
     for content in ("[]", '{"rows": []}'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(RunError, match="x.json"):
-            evaluation.summary([str(tmp_path / "x.json")])
+            evaluation.read_study([tmp_path / "x.json"])
 
 
 def test_the_shipped_results_are_whole():
     """Every run in results/ takes part in the summary, and every toy figure of the README's table stands in its file."""
     folder = Path(__file__).parent.parent / "results"
     paths = sorted(folder.glob("*-*.json"))
-    assert paths and len(evaluation.summary([str(path) for path in paths]).splitlines()) > 1
+    assert paths and len(evaluation.summary(evaluation.read_study(paths)).splitlines()) > len(paths)
     rows = json.loads((folder / "toy-50.json").read_text())["rows"]
     printed = (folder.parent / "README.md").read_text().split("in seconds\n")[1].split("\n...")[0].splitlines()
     for line in printed:
@@ -206,3 +206,13 @@ def test_pictures(finished, capsys):
     evaluation.main(ask)
     for name in ("score", "layers", "examples", "training", "criteria"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    (finished / "score.png").unlink()
+    result = json.loads((finished / "eval.json").read_text())
+    files = [finished / "eval.json", finished / "bert.json"]
+    study = ["--plot", "--summary", *map(str, files)]
+    with pytest.raises(SystemExit) as stop:             # of a study: nothing to compare with
+        evaluation.main(study[:-1])
+    assert stop.value.code == 2 and "--method bert" in capsys.readouterr().err
+    data.write_json(files[1], result | {"rows": result["rows"][:1], "settings": result["settings"] | {"method": "bert"}})
+    evaluation.main(study)
+    assert (finished / "score.png").read_bytes().startswith(b"\x89PNG")
