@@ -90,10 +90,12 @@ class Settings:
 # What a task wants otherwise than the defaults above; GLUE's as measured with encoders of 12 layers x 384 (results/).
 RECIPES = {
     "toy": dict(lr=5e-4, batch_size=64, epochs1=30, epochs2=6, dropout=0.0, budget=0.6),
-    "cola": dict(lr=1.5e-4, epochs1=6),
+    "cola": dict(batch_size=16, epochs1=8, budget=0.5),
     "sst2": dict(epochs1=3, epochs2=1, push_start=0.25),
     "mrpc": dict(batch_size=16, budget=0.5),
+    "mnli": dict(batch_size=16, epochs1=3, epochs2=1, push_start=0.25, budget=0.5),
     "rte": dict(lr=5e-5, batch_size=16, epochs1=6, budget=0.6),
+    "wnli": dict(batch_size=16),
 }
 
 
