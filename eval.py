@@ -181,20 +181,24 @@ def sweep(model: SmartBert, split: Split, task: Task, ways: list[Way], device: t
 
 def choose(rows: list[Row], max_drop: float = MAX_DROP, speedup: float | None = None) -> None:
     """Mark the row of each mode to take, by what it gave on held-out data: the cheapest whose exits lose at most max_drop
-    points (exit against plain, both against skip); or, for a target speed-up in FLOPs, the best score among those that
-    reach it. Where none does: the best score, or the cheapest. Without held-out data none is marked."""
+    points (exit against plain, both against skip); or, for a target speed-up in FLOPs, the dearest that reaches it within
+    max_drop points of the best that does. Where none does: the best score, or the cheapest. Without held-out data none
+    is marked."""
     if any(row.held_out is None for row in rows):
         return
     without = {row.mode: row.held_out for row in rows if row.threshold is None}
-
-    def rank(row: Row) -> tuple[bool, float]:               # those that do what is asked come before all others
-        floor = without["skip" if row.mode == "both" else "plain"] - max_drop / 100
+    for mode in dict.fromkeys(row.mode for row in rows):
+        alike = sorted((row for row in rows if row.mode == mode), key=lambda row: row.held_out_flops)
         if speedup:
-            return (True, row.held_out) if row.held_out_flops <= 1 / speedup else (False, -row.held_out_flops)
-        return (True, -row.held_out_flops) if row.held_out >= floor else (False, row.held_out)
-
-    for row in rows:
-        row.chosen = row is max((other for other in rows if other.mode == row.mode), key=rank)
+            cheap = [row for row in alike if row.held_out_flops <= 1 / speedup] or alike[:1]
+            best = max(row.held_out for row in cheap)
+            chosen = [row for row in cheap if row.held_out >= best - max_drop / 100][-1]
+        else:
+            floor = without["skip" if mode == "both" else "plain"] - max_drop / 100
+            best = max(alike, key=lambda row: row.held_out)
+            chosen = next((row for row in alike if row.held_out >= floor), best)
+        for row in alike:
+            row.chosen = row is chosen
 
 
 def warnings(rows: list[Row], floor: float) -> Iterator[str]:
@@ -547,7 +551,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="E", help="entropies below which an example leaves")
     parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS", help="choose the cheapest threshold "
                         f"whose exits lose at most so much on held-out data (default {MAX_DROP})")
-    parser.add_argument("--target-speedup", type=float, metavar="X", help="or the best one with so many times fewer FLOPs")
+    parser.add_argument("--target-speedup", type=float, metavar="X", help="or one with X times fewer FLOPs, as strict as that "
+                        "allows")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
     parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder, or with --summary "
                         "score.png beside the first file (needs matplotlib)")

@@ -49,6 +49,14 @@ def test_choice(max_drop, speedup, exits, both):
     assert [(r.mode, r.threshold) for r in taken] == [("plain", None), ("skip", None), ("exit", exits), ("both", both)]
 
 
+def test_a_target_is_used_up():
+    """Of those that reach a target speed-up the dearest, unless it is more than max_drop points below the best."""
+    rows = [row("plain", .95, 1.), row("both", .900, .4, .1), row("both", .904, .2, .2), row("both", .70, .1, .3)]
+    for max_drop, threshold in (.5, .1), (.3, .2):
+        choose(rows, max_drop, 2.0)
+        assert [r.threshold for r in rows if r.chosen] == [None, threshold]
+
+
 def test_score_at_the_same_cost():
     """Between two rows lies a mixture of them; outside of all rows there is nothing."""
     rows = [row("exit", 1.2, .1), row("exit", 1.8, .4), row("exit", 1.6, .2)]
@@ -183,8 +191,8 @@ def test_summary_is_mean_and_spread(tmp_path):
 def test_the_shipped_results_are_whole():
     """Every run in results/ takes part in the summary, and every toy figure of the README's table stands in its file."""
     folder = Path(__file__).parent.parent / "results"
-    paths = sorted(folder.glob("*-*.json"))
-    assert paths and len(evaluation.summary(evaluation.read_study(paths)).splitlines()) > len(paths)
+    for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("earlier/*.json")):
+        assert paths and len(evaluation.summary(evaluation.read_study(paths)).splitlines()) > len(paths)
     rows = json.loads((folder / "toy-50.json").read_text())["rows"]
     printed = (folder.parent / "README.md").read_text().split("in seconds\n")[1].split("\n...")[0].splitlines()
     for line in printed:
