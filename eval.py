@@ -214,9 +214,10 @@ def warnings(rows: list[Row], floor: float) -> Iterator[str]:
     exits = [row for row in rows if row.mode == "exit"]
     if exits and not any(sum(row.exit_histogram[:-1]) for row in exits):
         yield "nobody ever exits early: the thresholds are too low"
-    poor = [str(row) for row in rows if row.score <= floor]
+    poor = [row for row in rows if row.score <= floor]
     if poor:
-        yield f"no better than always answering the majority class ({floor:.3f}): {', '.join(poor)}"
+        ways = ["all rows"] if len(poor) == len(rows) else map(str, poor)
+        yield f"no better than always answering the majority class ({floor:.3f}): {', '.join(ways)}"
 
 
 def table(rows: list[Row], metric: str, layers: int) -> str:
@@ -315,14 +316,15 @@ def summary(study: dict) -> str:
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
-    lines = [f"{'data':<18} {'weights':<10} {'run':<34} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
+    wide = max(len(task) for task, *_ in study)
+    lines = [f"{'data':<{wide}} {'weights':<9} {'run':<28} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
     for (task, weights, method, differ), seeds in study.items():
         plain = baseline(study, task, weights)
         for mode in sorted({row.mode for rows in seeds for row in rows}):
             chosen = [row for rows in seeds for row in rows if row.mode == mode and row.chosen]
             scores = [row.score for row in chosen]
             points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}" if plain and method != "bert" else ""
-            lines.append(f"{task:<18} {weights:<10} {method + differ:<34} {mode:<6} {len(scores):>5} {cell(scores):>14} "
+            lines.append(f"{task:<{wide}} {weights:<9} {method + differ:<28} {mode:<6} {len(scores):>5} {cell(scores):>14} "
                          f"{cell([row.flops for row in chosen]):>14} {points:>7}".rstrip())
     return "\n".join(lines) + "\n(points: score against a plain BERT trained for itself)"
 
