@@ -379,6 +379,13 @@ def canvas():
     return plt
 
 
+def picture(plt, path: Path) -> None:
+    """Write what was drawn, whole or not at all."""
+    data.write_whole(path, lambda file: plt.savefig(file, format="png"))
+    plt.close()
+    print(f"wrote {path}")
+
+
 def plot_study(study: dict, folder: Path) -> None:
     """score.png in a folder: score over FLOPs, mean over the seeds, a panel for each data set with a plain BERT of its own,
     whose mean and standard deviation are the gray line and band. Raises RunError."""
@@ -405,8 +412,7 @@ def plot_study(study: dict, folder: Path) -> None:
     for panel in axes.flat[len(panels):]:
         panel.axis("off")
     axes[0, 0].legend()
-    plt.savefig(folder / "score.png")
-    print(f"wrote {folder / 'score.png'}")
+    picture(plt, folder / "score.png")
 
 
 def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, others: list[Row], metric: str) -> None:
@@ -418,9 +424,7 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
 
     def finish(name: str, **labels) -> None:
         plt.gca().set(**labels)
-        plt.savefig(folder / name)
-        plt.close()
-        print(f"wrote {folder / name}")
+        picture(plt, folder / name)
 
     for name, key, drawn in ("score.png", "mode", rows), ("criteria.png", "criterion", others):
         for group in dict.fromkeys(getattr(each, key) for each in drawn):
