@@ -11,7 +11,6 @@ Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H)
 """
 
 import json
-import pickle
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# Tokens that a layer takes at once on a CPU where no gradient is wanted (plain forwards, phase 2): then the (tokens, I)
+# Tokens that a layer takes at once on a CPU where no gradient is wanted (evaluation, a frozen encoder): then the (tokens, I)
 # tensor in its middle stays in memory that the processor has just used.
 PIECE = 1024
 
@@ -46,6 +45,10 @@ class BertConfig:
     initializer_range: float = 0.02             # standard deviation of fresh weights
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), int if field.type is int else (int, float)
+            if not isinstance(value, kinds) or field.type is int and value < 1:
+                raise WeightsError(f"{field.name} {value!r} is no {'whole ' * (field.type is int)}number that a BERT can have")
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
@@ -63,7 +66,7 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
         n, dropped = x.numel(), round(self.p * 2**16)
-        # each 64 bits as four numbers, even in [-2^15, 2^15): the `dropped` lowest of the 2^16 values are dropped
+        # each 64 bits as four numbers, uniform in [-2^15, 2^15): the `dropped` lowest of the 2^16 values are dropped
         bits = torch.empty(n // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
         return x.masked_fill(bits < dropped - 2**15, 0.0) * (2**16 / (2**16 - dropped))
 
@@ -110,13 +113,14 @@ class Layer(nn.Module):
         if mask is not None:
             mask = mask[:, None, None, :]                                               # (B, 1, 1, S)
         # softmax(q k^T / sqrt(D)) v, with nothing seen of the padding
-        if self.training and self.attention_dropout.p:      # in full, for our Dropout beats the one built into attention
+        p = self.attention_dropout.p if self.training else 0.0
+        if p and h.device.type == "cpu":                # in full: there our Dropout beats the one built into attention
             scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                        # (B, A, S, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
             a = self.attention_dropout(scores.softmax(-1)) @ v                          # (B, A, S, D)
         else:
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # the same, never whole in memory
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)    # the same, never whole in memory
         a = a.transpose(1, 2).reshape(B, S, H)
         h = self.norm1(h + self.dropout(self.out(a)))
         return self.norm2(h + self.dropout(self.down(F.gelu(self.up(h)))))
@@ -142,13 +146,13 @@ class Bert(nn.Module):
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> list[Tensor]:
         """ids, types (B, S) long, mask (B, S) bool, True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
         hiddens = [self.embeddings(ids, types)]
-        mask = needed(mask)
+        mask = mask_or_none(mask)
         for layer in self.layers:
             hiddens.append(layer(hiddens[-1], mask))
         return hiddens
 
 
-def needed(mask: Tensor) -> Tensor | None:
+def mask_or_none(mask: Tensor) -> Tensor | None:
     """None for a batch without padding: attention without a mask takes a faster path to the same numbers."""
     return None if bool(mask.all()) else mask
 
@@ -181,11 +185,11 @@ def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def convert_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
-    """A file's tensors -> a state dict for `Bert`, in fp32.
+def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
+    """A file's tensors -> a state dict for this encoder, in fp32.
 
     Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises WeightsError
-    naming the tensor that is missing or that no part of an encoder of this config would use.
+    naming the tensor that is missing, of another shape, or that no part of the encoder would use.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -193,16 +197,16 @@ def convert_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, T
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if not name.startswith(IGNORED):
             found[name] = tensor
-    state = {}
-    for ours, theirs in name_table(config).items():
+    state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
+    for ours, theirs in name_table(bert.config).items():
+        shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])                     # of each part
         for name in theirs:
             if name not in found:
                 raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
-                                   f"{config.num_hidden_layers} layers, as config.json says")
-        parts = [found.pop(name).float() for name in theirs]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise WeightsError(f"the tensors {', '.join(theirs)} are not of one width: download the weights again")
-        state[ours] = torch.cat(parts)
+                                   f"{bert.config.num_hidden_layers} layers, as config.json says")
+            if found[name].shape != shape:
+                raise WeightsError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
+        state[ours] = torch.cat([found.pop(name).float() for name in theirs])
     if found:
         raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
     return state
@@ -216,9 +220,11 @@ def read_config(folder: Path) -> BertConfig:
     except OSError:
         raise WeightsError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     except ValueError:
-        raise WeightsError(f"{path} is not JSON: download it again")
+        raise WeightsError(f"{path} is not JSON: remove it and download it again")
     if not isinstance(values, dict):
-        raise WeightsError(f"{path} is not a JSON object: download it again")
+        raise WeightsError(f"{path} is not a JSON object: remove it and download it again")
+    if values.get("model_type", "bert") != "bert":
+        raise WeightsError(f"{path}: the weights are of a {values['model_type']!r}, not of a BERT")
     if values.get("hidden_act", "gelu") != "gelu":
         raise WeightsError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
     if values.get("position_embedding_type", "absolute") != "absolute":
@@ -231,7 +237,7 @@ def read_file(path: Path, advice: str) -> dict:
     """What torch.save wrote, without running any code that may stand in it. Raises WeightsError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+    except Exception:                                   # a damaged file raises nearly anything
         raise WeightsError(f"{path} is missing, truncated or no PyTorch file: {advice}")
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no table of tensors: {advice}")
@@ -242,7 +248,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of pytorch_model.bin, or of model.safetensors where the package safetensors is installed."""
     path = folder / "pytorch_model.bin"
     if path.is_file():
-        return read_file(path, "download it again")
+        return read_file(path, "remove it and download it again")
     path = folder / "model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
@@ -254,7 +260,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError):
-        raise WeightsError(f"{path} is truncated or no safetensors file: download it again")
+        raise WeightsError(f"{path} is truncated or no safetensors file: remove it and download it again")
 
 
 def load_bert(folder: str | Path, **changes) -> Bert:
@@ -264,13 +270,6 @@ def load_bert(folder: str | Path, **changes) -> Bert:
     Raises WeightsError, one line, for a missing or truncated file and for every tensor that is missing, unexpected or
     of another shape than config.json makes it.
     """
-    folder = Path(folder)
-    config = replace(read_config(folder), **changes)
-    state = convert_names(read_tensors(folder), config)
-    bert = Bert(config)
-    for name, parameter in bert.named_parameters():
-        if state[name].shape != parameter.shape:
-            raise WeightsError(f"{folder}: {' + '.join(name_table(config)[name])} has shape {tuple(state[name].shape)}, "
-                               f"but config.json makes it {tuple(parameter.shape)}")
-    bert.load_state_dict(state)
+    bert = Bert(replace(read_config(Path(folder)), **changes))
+    bert.load_state_dict(convert_names(read_tensors(Path(folder)), bert))
     return bert

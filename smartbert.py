@@ -4,10 +4,12 @@ Hu, Zhu, Li, Tang: "SmartBERT: A Promotion of Dynamic Early Exiting Mechanism fo
 IJCAI 2023. Every layer gets two small companions: a *skipping gate* that reads what enters the layer and says whether
 to run it for this example, and an *exit head* that reads what leaves it and says whether the answer is already sure.
 
-The chapter in the order of the paper: gate and exit head, hard weight, cross-layer contrast, the losses of the two
-training phases, dynamic inference, its cost. "Release" means the authors' code, github HuBoren99/SmartBert.
+This file follows the paper's order: gate and exit head, hard weight, cross-layer contrast, the losses of the two training
+phases, dynamic inference, its cost. "Release" means the authors' code, github HuBoren99/SmartBert, and SmartBert.py:98 is
+a line of its models/SmartBert.py, never of this file.
 
-Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers, C classes, N rows of a pool.
+Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers, C classes, N rows of a pool
+(the examples that one call of `infer` gets).
 """
 
 from collections.abc import Callable
@@ -17,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert import Bert, needed
+from bert import Bert, mask_or_none
 
 
 # --- Skipping gate and exit head --------------------------------------------------------------------------------------
 
 def width(hidden_size: int) -> int:
     """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size
-    (README, deviation 12); at least 16, or four heads would have too few numbers each."""
+    (README, deviation 12); at least 16, or four attention heads would have too few numbers each."""
     return max(16, 8 * round(hidden_size / 48))
 
 
@@ -112,7 +114,7 @@ class SmartBert(nn.Module):
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
         """Plain BERT: every layer, the last head. ids, types, mask (B, S) -> logits (B, C)."""
-        logits, _ = self.heads[-1](self.bert(ids, types, mask)[-1], needed(mask))
+        logits, _ = self.heads[-1](self.bert(ids, types, mask)[-1], mask_or_none(mask))
         return logits
 
 
@@ -121,8 +123,8 @@ class SmartBert(nn.Module):
 def hard_weight(g: Tensor) -> Tensor:
     """1 where the layer is skipped, 0 where it runs; backwards as if nothing had been rounded (SmartBert.py:98-100).
 
-    The term in brackets is a constant to autograd, so the gradient is that of the soft g (a straight-through
-    estimator). It stands apart from g so that the forward value is exactly 0 or 1, with no rounding error.
+    `hard` is a constant to autograd; the bracket is 0 in value and has the gradient of the soft g (a straight-through
+    estimator). Written so, not as g + (hard - g).detach(), the value is exactly 0 or 1, with no rounding error.
     """
     hard = (g >= 0.5).to(g.dtype)
     return hard + (g - g.detach())
@@ -147,7 +149,7 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 # --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
 
 def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
-    """Run every layer (layers[:depth]) and mix its output with its input as the gate says (SmartBert.py:91-103).
+    """Run the layers (all, or layers[:depth]) and mix its output with its input as the gate says (SmartBert.py:91-103).
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 
@@ -155,7 +157,7 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
     Returns inputs [h_0 .. h_{L-1}], raw outputs [layer_i(h_{i-1})], h_L (each (B, S, H)),
     soft gates (B, L) and the gates as they were used (B, L).
     """
-    h, m = model.bert.embeddings(ids, types), needed(mask)
+    h, m = model.bert.embeddings(ids, types), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         inputs.append(h)
@@ -179,13 +181,14 @@ class Phase1:
 
 def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *, hard: bool,
                 push: Callable[[Tensor, Tensor], Tensor], eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
-    """loss1 = (1 - eta1) * ( CE(last head) + push ) + eta1 * contrast   (SmartBert.py:105-123)
+    """loss1 = (1 - eta1) * ( CE(last head) + push ) + eta1 * sum_i contrast(u_i, u_{i+1})   (SmartBert.py:105-123)
 
+    u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L - 1 pairs of neighbours, and is their sum.
     push: what drives the gates to skip, from soft gates and gates as used (each (B, L)) to a scalar:
     `lambda_push` is the paper's, `budget_push` ours. ids, types, mask (B, S), labels (B,).
     """
     inputs, _, h, soft, used = gated_walk(model, ids, types, mask, hard)
-    logits, _ = model.heads[-1](h, needed(mask))
+    logits, _ = model.heads[-1](h, mask_or_none(mask))
     task = F.cross_entropy(logits, labels)
     pushed = push(soft, used)
     contrasted = task.new_zeros(())
@@ -209,14 +212,15 @@ def budget_push(budget: float, weight: float) -> Callable[[Tensor, Tensor], Tens
 
 def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *,
                 eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
-    """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * contrast, for heads 1 .. L-1   (SmartBert.py:125-155)
+    """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})   (SmartBert.py:125-155)
 
+    For heads 1 .. L-1; u_i = project_i(z_i), the tokens as head i has shrunk them. Unlike phase 1's it is a mean over pairs.
     Walks the hard-gated path with everything but these heads frozen, and shows each head its layer's raw output, also
     where the layer was skipped. ids, types, mask (B, S), labels (B,). Returns a scalar.
     """
     with torch.no_grad():
         _, outputs, _, _, _ = gated_walk(model, ids, types, mask, hard=True, depth=-1)
-    m = needed(mask)
+    m = mask_or_none(mask)
     results = [head(h, m) for head, h in zip(model.heads[:-1], outputs)]
     task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
     if not eta2 or len(results) < 2:
@@ -272,7 +276,7 @@ def fixed_layer(layer: int) -> Criterion:
 
 def first_correct(labels: Tensor) -> Criterion:
     """The oracle: leave at the first head that is right. It looks at the labels (N,) of the pool, so it is no criterion
-    but the bound that none can pass with these heads."""
+    but a bound: with these heads none is right more often. Where no head is right it runs to the end, so its cost is none."""
     return lambda history, rows: history[:, -1].argmax(-1) == labels[rows]
 
 
@@ -298,8 +302,8 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
     batch_tokens, so that long rows, of which few are alike, go in small batches with little padding.
 
     ids, types, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; leave: the
-    criterion asked after every layer that ran, or None for no exits. Who is never sure takes the last head, also when
-    the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
+    criterion asked after every layer that ran but the last, or None for no exits. Who is never sure takes the last head,
+    also when the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
     """
     N, L, device = len(ids), len(model.bert.layers), ids.device
     lengths = mask.sum(1).tolist()
@@ -314,11 +318,11 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
         order, start, longest = rows.tolist(), 0, 0
         for end, row in enumerate(order):
             if end > start and max(longest, lengths[row]) * (end - start + 1) > batch_tokens:
-                yield rows[start:end], longest, needed(mask[rows[start:end], :longest])
+                yield rows[start:end], longest, mask_or_none(mask[rows[start:end], :longest])
                 start, longest = end, 0
             longest = max(longest, lengths[row])
         if order:
-            yield rows[start:], longest, needed(mask[rows[start:], :longest])
+            yield rows[start:], longest, mask_or_none(mask[rows[start:], :longest])
 
     waiting = torch.arange(N, device=device)
     # zeros: what stands in padding gets no weight in attention, but no weight times NaN would still be NaN
@@ -335,14 +339,12 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
             out = layer(h[rows, :s], m)                                                 # (n, s, H)
             h[rows, :s] = out
             ran[rows, i] = True
-            if leave is not None or i == L - 1:
+            if leave is not None and i < L - 1:
                 history[rows, i] = model.heads[i](out, m)[0].float()
-                if leave is not None and i < L - 1:
-                    leaving = leave(history[rows, :i + 1], rows)                        # (n,)
-                    exits[rows[leaving]] = i + 1                                        # layers count from 1
+                leaving = leave(history[rows, :i + 1], rows)                            # (n,)
+                exits[rows[leaving]] = i + 1                                            # layers count from 1
         waiting = waiting[exits[waiting] == L]
-    # Whoever skipped the last layer has not met the last head yet.
-    for rows, s, m in in_batches(waiting[~ran[waiting, -1]]):
+    for rows, s, m in in_batches(waiting):                  # never sure, or no exits: the last head
         history[rows, -1] = model.heads[-1](h[rows, :s], m)[0].float()
     return Outcome(history[torch.arange(N, device=device), exits - 1], ran, exits, gates, history)
 

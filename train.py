@@ -37,7 +37,7 @@ from smartbert import SmartBert, budget_push, lambda_push, phase1_loss, phase2_l
 
 
 def flag(default, help: str):
-    """A setting that is also a command-line flag; the help says why this value, with the paper's symbol."""
+    """A setting that is also a command-line flag; the help says what it does, and its symbol in the paper."""
     return field(default=default, metadata={"help": help})
 
 
@@ -130,6 +130,8 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, classe
     if settings.max_length > bert.config.max_position_embeddings:
         raise DataError(f"--max-length {settings.max_length} is more than the {bert.config.max_position_embeddings} "
                         f"positions of these weights")
+    if settings.method == "smartbert" and bert.config.num_hidden_layers < 2:
+        raise RunError(f"{folder} has a single layer: there is nothing to skip or to leave early; take deeper weights")
     # No skipping: gates that start at g = sigmoid(-30), about 0, and are not trained.
     return SmartBert(bert, classes, -30.0 if settings.no_skipping else settings.gate_bias)
 
@@ -155,7 +157,7 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
 
 def open_folder(settings: Settings) -> Path:
     """The run's folder, ready to be written: new, or one to resume or to start over. Raises RunError."""
-    out = Path(settings.out or f"runs/{settings.task}{'' if settings.method == 'smartbert' else '-bert'}").expanduser()
+    out = Path(os.path.expanduser(settings.out or f"runs/{settings.task}{'' if settings.method == 'smartbert' else '-bert'}"))
     path = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
@@ -240,8 +242,7 @@ def train(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), len(task.labels)).to(device)
     splits = {name: data.encode(tokenizer, split, settings.max_length) for name, split in splits.items()}
-    if settings.limit:
-        splits["train"] = splits["train"].select(range(min(settings.limit, len(splits["train"]))))
+    splits["train"] = splits["train"].select(range(len(splits["train"]))[:settings.limit])
     training, held = data.hold_out(splits["train"], settings.held_out, settings.seed)
     judge, judged = ("held-out", held) if len(held) else (task.devs[0], splits[task.devs[0]])
     if judge != "held-out":
@@ -254,9 +255,8 @@ def train(settings: Settings) -> Path:
         evaluation.load_run(out, device)                    # or says what is wrong with it
         print(f"{out} is finished already")
         return out
-    last_phase = 2 if settings.method == "smartbert" and settings.epochs2 else 1
     schedule = [(1, epoch) for epoch in range(settings.epochs1)]
-    schedule += [(2, epoch) for epoch in range(settings.epochs2)] if last_phase == 2 else []
+    schedule += [(2, epoch) for epoch in range(settings.epochs2) if settings.method == "smartbert"]
     log, best, done, before = [], None, 0, None
     if (out / "checkpoint.pt").is_file():
         before = evaluation.load_file(out / "checkpoint.pt")
@@ -277,7 +277,7 @@ def train(settings: Settings) -> Path:
                 if epoch > 0:
                     optimizer.load_state_dict(before["optimizer"])
                 torch.set_rng_state(before["rng"])
-                if device.type == "cuda":
+                if before["cuda_rng"] is not None and device.type == "cuda":
                     torch.cuda.set_rng_state(before["cuda_rng"])
                 before = None
         model.train()
@@ -292,7 +292,7 @@ def train(settings: Settings) -> Path:
         for step, indices in enumerate(bar):
             batch = data.collate(training, indices).to(device)
             progress = (epoch + step / len(order)) / epochs                             # of the phase, 0..1
-            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup), 1.0)
+            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup))
             # Up for a while, then down to nothing. Gates rest until they are pushed, or the task alone would move them.
             for group in optimizer.param_groups:
                 resting = group["gates"] and progress < settings.push_start
@@ -321,10 +321,10 @@ def train(settings: Settings) -> Path:
               f"{seen['layers']:.1f} of {len(model.gates)} layers  ({seconds:.0f} s)", flush=True)
         if phase == 1:
             # Before the push every layer runs, and such an epoch would win on score. So first come hard gates, then a budget
-            # met within a tenth (or a lambda at work), then the score, then fewer layers; of equals the later.
+            # met within a tenth, or all but met (or a lambda at work), then the score, then fewer layers; of equals the later.
             share = seen["layers"] / len(model.gates)
-            met = share <= 1.1 * settings.budget if settings.lam is None else (epoch + 1) / epochs > settings.push_start
-            met = met or settings.no_skipping or settings.method == "bert"
+            met = -max(share, 1.1 * settings.budget) if settings.lam is None else (epoch + 1) / epochs > settings.push_start
+            met = settings.no_skipping or settings.method == "bert" or met
             rank = [hard or settings.soft_gates, met, score, -share]
             if best is None or rank >= best:
                 best = rank
@@ -334,7 +334,7 @@ def train(settings: Settings) -> Path:
              optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
              cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)
 
-    if last_phase == 1:
+    if schedule[-1][0] == 1:
         model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
     save(out / "model.pt", model=model.state_dict(), **describe)
     (out / "checkpoint.pt").unlink()
@@ -349,9 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
-        kind = {"int": int, "float": float}.get(str(f.type).removesuffix(" | None").strip("'"), str)
-        if isinstance(f.type, type):
-            kind = f.type
+        kind = getattr(f.type, "__args__", (f.type,))[0]                                # of str | None: str
         if kind is bool:
             parser.add_argument("--" + f.name.replace("_", "-"), action="store_true", help=f.metadata["help"])
         else:

@@ -73,7 +73,12 @@ def test_every_tensor_is_accounted_for(tmp_path):
     (lambda f: (f / "pytorch_model.bin").unlink(), "neither"),
     (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:-3000]), "truncated"),
     (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "truncated"),
+    (lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"), "no PyTorch file"),
     (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"model_type": "roberta"})), "roberta"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is no whole"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 0})), "num_attention_heads 0"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"layer_norm_eps": None})), "layer_norm_eps None"),
 ])
 def test_folders_that_cannot_be_used(tmp_path, spoil, word):
     spoil(folder(tmp_path))

@@ -38,7 +38,7 @@ def model(monkeypatch) -> SmartBert:
     ours = SmartBert(Bert(config), classes=3)
     encoder = {name.replace("embedding.", "embeddings.", 1): weights.pop(name) for name in list(weights)
                if name.startswith(("embedding.", "encoder."))}
-    state = {f"bert.{name}": value for name, value in convert_names(encoder, config).items()}
+    state = {f"bert.{name}": value for name, value in convert_names(encoder, Bert(config)).items()}
     for kind, theirs, table in (("gates", "gate", GATE), ("heads", "classifier", HEAD),
                                 ("projections", "contrast", PROJECTION)):
         for i in range(5):
