@@ -18,6 +18,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,11 @@ import torch
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -106,11 +112,13 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     task = find_task(name)
     if name == "toy":
         return toy(seed=seed)
-    base = cache_dir(cache) / "glue" if data_dir is None else Path(data_dir).expanduser()
+    base = cache_dir(cache) / "glue" if data_dir is None else Path(os.path.expanduser(data_dir))
     folder, splits = base / task.folder, ("train", *task.devs)
-    if data_dir is None and not all((folder / f"{split}.tsv").is_file() for split in splits):
+    if data_dir is None:
         try:
-            (unpack if task.archive else assemble_mrpc)(task, folder)
+            with alone_in(base.parent):
+                if not all((folder / f"{split}.tsv").is_file() for split in splits):
+                    (unpack if task.archive else assemble_mrpc)(task, folder)
         except OSError as error:
             raise DataError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
     if not base.is_dir():
@@ -119,10 +127,10 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
 
 
 def read_lines(path: Path, advice: str) -> list[str]:
-    """The lines of a UTF-8 text, with or without BOM. They end at \\n (or \\r\\n) alone: GLUE's sentences hold other
-    characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
+    """The lines of a UTF-8 text, with or without BOM; - is standard input. They end at \\n (or \\r\\n) alone: GLUE's
+    sentences hold other characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{path} is missing, or is not UTF-8 text: {advice}")
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
@@ -174,7 +182,22 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
 def cache_dir(folder: str | Path | None = None) -> Path:
     """Where downloads go: the argument, else SMARTBERT_CACHE, else smartbert/ in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder or os.environ.get("SMARTBERT_CACHE") or Path(base) / "smartbert").expanduser()
+    return Path(os.path.expanduser(folder or os.environ.get("SMARTBERT_CACHE") or Path(base) / "smartbert"))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder and be the only one who fills it: a second process waits here until the first is done (not on
+    Windows). Two runs may so be started at once before anything is downloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)                            # and so unlocked
 
 
 def write_whole(path: str | Path, save: Callable) -> None:
@@ -198,45 +221,50 @@ def write_json(path: str | Path, value) -> None:
 def download(url: str, path: Path) -> None:
     """Fetch url to path where it is not there yet, with a progress bar. What has come stays in path.part, from where the
     next call goes on; the file takes its name only at the size the server gave. Raises DataError, with what to do."""
-    # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
-    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
-    otherwise = f"run again to go on, or fetch {url} by hand and put it at {path}"
-    if path.is_file():
-        return
-    have = part.stat().st_size if part.is_file() and tag.is_file() else 0
-    headers = {"Accept-Encoding": "identity"}           # a compressed body would make byte counts meaningless
-    if have:                                            # If-Range: the rest of that version, or all of another
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
+    advice = f"run again to go on, or fetch {url} by hand and put it at {path}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-            resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if have and answer.status_code in (206, 416) and not resumed:
-                part.unlink()                           # what we have fits nothing that is there: start over
-                return download(url, path)
-            answer.raise_for_status()
-            have = have if resumed else 0
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-                mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-                tag.write_text(mark) if mark else tag.unlink(missing_ok=True)
-                for chunk in answer.iter_content(1 << 16):
-                    bar.update(file.write(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-        size = part.stat().st_size
-        if total not in (None, size):
-            raise DataError(f"{path.name} came with {size} of {total} bytes: {otherwise}")
-        os.replace(part, path)
-        tag.unlink(missing_ok=True)
+        with alone_in(path.parent):
+            while not path.is_file():
+                fetch(url, path, advice)
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", None)
         reason = f"the server answered {status}" if status else "no connection, or it broke"
-        raise DataError(f"could not download {path.name} ({reason}): {otherwise}")
+        raise DataError(f"could not download {path.name} ({reason}): {advice}")
     except OSError as error:
         raise DataError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
+
+
+def fetch(url: str, path: Path, advice: str) -> None:
+    """One request of `download`. Returns without a file where what had come before fits nothing that is there: the next
+    starts over. Raises DataError, RequestException, OSError."""
+    # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
+    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
+    have, begun = (part.stat().st_size, tag.read_text()) if part.is_file() and tag.is_file() else (0, None)
+    headers = {"Accept-Encoding": "identity"}           # a compressed body would make byte counts meaningless
+    if have:                                            # If-Range: the rest of that version, or all of another
+        headers |= {"Range": f"bytes={have}-", "If-Range": begun}
+    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        span, _, whole = answer.headers.get("Content-Range", "").rpartition("/")
+        resumed = have and span.startswith(f"bytes {have}-") and mark == begun
+        if have and answer.status_code in (206, 416) and not resumed:
+            part.unlink()
+            return
+        answer.raise_for_status()
+        have, whole = (have, whole) if resumed else (0, answer.headers.get("Content-Length", ""))
+        total = int(whole) if whole.isdigit() else None
+        with open(part, "ab" if have else "wb") as file, tqdm(
+                desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+            tag.write_text(mark) if mark else tag.unlink(missing_ok=True)
+            for chunk in answer.iter_content(1 << 16):
+                bar.update(file.write(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    size = part.stat().st_size
+    if total not in (None, size):
+        raise DataError(f"{path.name} came with {size} of {total} bytes: {advice}")
+    os.replace(part, path)
+    tag.unlink(missing_ok=True)
 
 
 def unpack(task: Task, folder: Path) -> None:
@@ -244,15 +272,15 @@ def unpack(task: Task, folder: Path) -> None:
     archive = folder.parent / task.archive
     download(GLUE_URL + task.archive, archive)
     try:
-        with zipfile.ZipFile(archive) as files:
-            for split in ("train", *task.devs):         # only these are read, wherever other names in the zip may lead
-                table = files.read(f"{task.folder}/{split}.tsv")
-                write_whole(folder / f"{split}.tsv", lambda file: file.write(table))
+        with zipfile.ZipFile(archive) as files:         # only these are read, wherever other names in the zip may lead
+            tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
     except KeyError as error:
         raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
-    except (zipfile.BadZipFile, zlib.error, EOFError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError):
         archive.unlink()
         raise DataError(f"{archive} was truncated or damaged, and is removed: run again to download it")
+    for split, table in tables.items():
+        write_whole(folder / f"{split}.tsv", lambda file: file.write(table))
 
 
 def assemble_mrpc(task: Task, folder: Path) -> None:
@@ -279,7 +307,7 @@ MINIATURES = [f"google/bert_uncased_L-{L}_H-{H}_A-{H // 64}" for L in range(2, 1
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     """A folder with config.json, vocab.txt and pytorch_model.bin: `name` itself where it is a folder, else Google's
     weights of that name on the hub, downloaded into the cache once. Raises DataError."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
@@ -301,11 +329,16 @@ def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
-        raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: fetch it again with its weights")
+        raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
+    if len(set(words)) < len(words):
+        raise DataError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
     try:
-        lower = not config.is_file() or json.loads(config.read_text()).get("do_lower_case", True)
-    except ValueError:
-        raise DataError(f"{config} is not JSON: fetch it again, or remove it for lower-case weights")
+        lower = not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True)
+        if not isinstance(lower, bool):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise DataError(f"{config} is not JSON that says true or false to do_lower_case: download it again, or remove it for "
+                        f"lower-case weights")
     return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=lower)
 
 
@@ -345,7 +378,7 @@ def collate(split: Split, indices: list[int]) -> Batch:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
     ids, types = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
     ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
-    types[mask] = torch.tensor([kind for i in indices for kind in split.types[i]])
+    types[mask] = torch.tensor([segment for i in indices for segment in split.types[i]])
     return Batch(ids, types, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
 
 
@@ -357,13 +390,17 @@ def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list
     """
     if size < 1:
         raise DataError(f"a batch size of {size} is no size: use 1 or more")
-    rng, n = np.random.default_rng(seed), len(split)
-    order, pool = (range(n), max(n, 1)) if seed is None else (rng.permutation(n).tolist(), 50 * size)
-    cut = []
-    for start in range(0, n, pool):
-        rows = sorted(order[start:start + pool], key=lambda i: len(split.ids[i]))       # an IndexError: not encoded yet
-        cut += [rows[i:i + size] for i in range(0, len(rows), size)]
-    return cut if seed is None else [cut[i] for i in rng.permutation(len(cut))]
+
+    def cut(rows) -> list[list[int]]:
+        rows = sorted(rows, key=lambda i: len(split.ids[i]))                            # an IndexError: not encoded yet
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+    if seed is None:
+        return cut(range(len(split)))
+    rng = np.random.default_rng(seed)
+    order, pool = rng.permutation(len(split)).tolist(), 50 * size
+    made = [batch for start in range(0, len(order), pool) for batch in cut(order[start:start + pool])]
+    return [made[i] for i in rng.permutation(len(made))]
 
 
 def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
@@ -405,9 +442,10 @@ def toy(train: int = 6000, dev: int = 1000, seed: int = 0) -> dict[str, Split]:
 
         level 2:  the baker is not very not kind     -> good
 
-    In the dev set the levels are equally many, and at each of them the labels: every word stands as often in good
-    sentences as in bad ones, so counting words tells nothing; they must be composed. In training easy sentences are more
-    frequent, 4 : 3 : 2 : 1, or a model starts with nothing to go by. No sentence occurs twice.
+    In the dev set the levels are equally many, and at each of them the labels: every word is about as frequent in good
+    sentences as in bad ones, and no sum of word scores gives the label; how many times "not" and which quality must be put
+    together. In training easy sentences are more frequent, 4 : 3 : 2 : 1, or a model starts with nothing to go by. No
+    sentence occurs twice (of level 0 there are 3,744, which bounds train at about 8,000).
     """
     rng, rows = random.Random(seed), {}                     # text -> label, level; the training rows, then the dev rows
     while len(rows) < train + dev:

@@ -7,6 +7,7 @@
 import io
 import os
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -190,8 +191,9 @@ def test_majority_of_the_dev_sets(name, expected):
 # --- Downloads --------------------------------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files. server.cut: send only so many bytes of a body; server.ranges: honour Range and
-    If-Range, but start server.early bytes before what was asked."""
+    """Serves server.files, each after server.pause seconds. server.cut: send only so many bytes of a body; server.ranges:
+    honour Range and If-Range (Range alone where careless), but start server.early bytes before what was asked and promise
+    at most server.most bytes."""
 
     def do_GET(self):
         body, asked = self.server.files.get(self.path), self.headers.get("Range")
@@ -199,18 +201,20 @@ class Handler(BaseHTTPRequestHandler):
         if body is None:
             return self.send_error(404)
         start, tag = 0, f'"{hash(body)}"'
-        if asked and self.server.ranges and self.headers.get("If-Range") in (None, tag):
+        time.sleep(self.server.pause)
+        if asked and self.server.ranges and (self.server.careless or self.headers.get("If-Range") in (None, tag)):
             start = int(asked.removeprefix("bytes=").removesuffix("-")) - self.server.early
             if start >= len(body):
                 return self.send_error(416)
         self.send_response(206 if start else 200)
+        sent = body[start:][:self.server.most if start else None]
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", f"bytes {start}-{start + len(sent) - 1}/{len(body)}")
         if self.server.tags:
             self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
-        self.wfile.write(body[start:][:self.server.cut])
+        self.wfile.write(sent[:self.server.cut])
 
     def log_message(self, *arguments):
         pass
@@ -221,7 +225,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.log, server.cut, server.ranges = {}, [], None, True
-        server.tags, server.early = True, 0
+        server.tags, server.early, server.careless, server.most, server.pause = True, 0, False, None, 0
         server.url = f"http://127.0.0.1:{server.server_port}/"
         for name in ("GLUE_URL", "SENTEVAL_URL", "HUB_URL"):
             monkeypatch.setattr(data, name, server.url)
@@ -251,14 +255,37 @@ def test_truncated_download_leaves_no_file_and_is_resumed(server, tmp_path):
     assert path.read_bytes() == BODY and [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-@pytest.mark.parametrize("why", ["range ignored", "file changed", "no tags", "file shorter", "odd range"])
+def test_a_part_of_the_rest_is_not_the_file(server, tmp_path):
+    """A server may answer with less than was asked: the whole size stands in Content-Range alone."""
+    server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
+    fails(lambda: data.download(server.url + "x.bin", path))
+    server.cut, server.most = None, 1000
+    fails(lambda: data.download(server.url + "x.bin", path), f"{CHUNK + 1000} of {len(BODY)} bytes")
+    server.most = None
+    data.download(server.url + "x.bin", path)
+    assert path.read_bytes() == BODY and len(server.log) == 3
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="there is no lock on Windows")
+def test_two_downloads_at_once(server, tmp_path):
+    """The second waits for the first and asks for nothing."""
+    server.files["/x.bin"], server.pause = BODY, 0.1
+    both = [threading.Thread(target=data.download, args=(server.url + "x.bin", tmp_path / "x.bin")) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert (tmp_path / "x.bin").read_bytes() == BODY and len(server.log) == 1
+
+
+@pytest.mark.parametrize("why", ["range ignored", "file changed", "mark ignored", "no tags", "file shorter", "odd range"])
 def test_download_starts_over_where_it_cannot_go_on(server, tmp_path, why):
     server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
     server.tags = why != "no tags"
     fails(lambda: data.download(server.url + "x.bin", path))
     server.cut, server.ranges = None, why != "range ignored"
-    if why == "file changed":
-        server.files["/x.bin"] = BODY[::-1]
+    if why in ("file changed", "mark ignored"):
+        server.files["/x.bin"], server.careless = BODY[::-1], why == "mark ignored"
     if why == "file shorter":                                           # the mark still fits: the server says 416
         server.files["/x.bin"] = BODY[:900]
         (tmp_path / "x.bin.part.tag").write_text(f'"{hash(BODY[:900])}"')
@@ -289,7 +316,7 @@ def test_no_network_says_what_to_fetch_by_hand(server, tmp_path, monkeypatch):
           str(tmp_path / "glue" / "RTE.zip"))
     assert not (tmp_path / "glue" / "RTE").exists()
     write(tmp_path / "file", "")
-    fails(lambda: data.load_task("rte", cache=tmp_path / "file"), "could not write", "RTE.zip")
+    fails(lambda: data.load_task("rte", cache=tmp_path / "file"), "could not write", "RTE")
 
 
 def zipped(**files: str) -> bytes:
@@ -430,8 +457,9 @@ def test_word_pieces_and_case(tmp_path):
     assert tokens == ["[CLS]", "a", "un", "##aff", "##able", "a", "[UNK]", "[SEP]"]
     write(tmp_path / "tokenizer_config.json", '{"do_lower_case": false}')
     assert data.load_tokenizer(tmp_path).encode("A a \u00e0").tokens == ["[CLS]", "A", "a", "[UNK]", "[SEP]"]
-    write(tmp_path / "tokenizer_config.json", '{"do_lower')
-    fails(lambda: data.load_tokenizer(tmp_path), "tokenizer_config.json")
+    for content in ('{"do_lower', "[]", '{"do_lower_case": "false"}'):
+        write(tmp_path / "tokenizer_config.json", content)
+        fails(lambda: data.load_tokenizer(tmp_path), "tokenizer_config.json")
 
 
 def test_vocabularies_that_cannot_be_used(tmp_path):
@@ -439,6 +467,7 @@ def test_vocabularies_that_cannot_be_used(tmp_path):
     for content in ("", "[PAD]\n[CLS]\nhello\n"):
         write(tmp_path / "vocab.txt", content)
         fails(lambda: data.load_tokenizer(tmp_path), "vocab.txt", "[UNK]", "[SEP]")
+    fails(lambda: data.load_tokenizer(vocabulary(tmp_path, "a", "b", "a")), "vocab.txt", "twice")
 
 
 def test_the_longer_text_is_cut_first(tmp_path):
