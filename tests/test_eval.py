@@ -105,8 +105,8 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
     path = tmp_path / "text"
 
     def answers(text: str, source) -> str:
-        path.write_text(text)
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        path.write_bytes(text.encode("latin-1"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode("latin-1"))))
         evaluation.main([str(finished), "--device", "cpu", "--thresholds", "0.5", "--predict", str(source)])
         return capsys.readouterr().out
 
@@ -118,7 +118,8 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
         p = outcome.logits[0].softmax(0)
         wanted += f"{('bad', 'good')[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
     assert answers("\n".join(lines) + "\n", path) == answers("\n".join(lines), "-") == wanted
-    for text, source, words in (("a\n\nb\n", "-", "example 2"), ("a\tb\n", "-", "one sentence"), ("", tmp_path / "no", "no")):
+    for text, source, words in (("a\n\nb\n", "-", "example 2"), ("a\tb\n", "-", "one sentence"), ("", tmp_path / "no", "no"),
+                                ("caf\u00e9\n", "-", "UTF-8"), ("caf\u00e9\n", path, "UTF-8")):
         with pytest.raises(SystemExit) as stop:
             answers(text, source)
         printed = capsys.readouterr()
@@ -214,7 +215,6 @@ def test_pictures(finished, capsys):
     evaluation.main(ask)
     for name in ("score", "layers", "examples", "training", "criteria"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    (finished / "score.png").unlink()
     result = json.loads((finished / "eval.json").read_text())
     files = [finished / "eval.json", finished / "bert.json"]
     study = ["--plot", "--summary", *map(str, files)]
@@ -223,4 +223,4 @@ def test_pictures(finished, capsys):
     assert stop.value.code == 2 and "--method bert" in capsys.readouterr().err
     data.write_json(files[1], result | {"rows": result["rows"][:1], "settings": result["settings"] | {"method": "bert"}})
     evaluation.main(study)
-    assert (finished / "score.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -196,6 +196,26 @@ def test_weights_and_vocabulary_must_fit(tmp_path, refused):
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]) + "\n")
     refused(train.main, ["--weights", tmp_path, "--out", "run"], "6", "9", "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"]) + "\n")
+    refused(train.main, ["--weights", tmp_path, "--out", "run"], "single layer")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("budget, best", [("0.7", 2), ("0.2", 3), ("0", 3)])
+def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
+    """Of the epochs that keep it, that of the best score; where none does, the one that comes nearest."""
+    epochs, written, save = iter([(0.9, 6.0), (0.8, 4.0), (0.7, 2.0)]), [], train.save
+
+    def noted(path, **content):
+        written.append(path.name)
+        save(path, **content)
+
+    monkeypatch.setattr(train, "observe", lambda *_: dict(zip(("accuracy", "layers"), next(epochs))))
+    monkeypatch.setattr(train, "save", noted)
+    train.main(["--limit", "40", "--epochs1", "3", "--epochs2", "0", "--budget", budget, "--device", "cpu", "--out",
+                str(tmp_path / "run")])
+    last = len(written) - 1 - written[::-1].index("phase1.pt")          # after that epoch comes its checkpoint
+    assert written[:last].count("checkpoint.pt") + 1 == best
 
 
 def test_bad_input_of_evaluation(finished, tmp_path, refused):
@@ -228,7 +248,8 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     torch.save(content, copy / "model.pt")
     refused(evaluation.main, [copy], "another version", "--overwrite")
     refused(evaluation.main, [finished, "--trace", "x", "--target-speedup", "2"], "--thresholds")
-    refused(evaluation.main, ["--summary", "x", "--plot"], "--plot")
+    refused(evaluation.main, ["--summary", "x"], "x is no eval.json")
+    refused(evaluation.main, [finished, "--summary", "x"], "without a run")
     (tmp_path / "file").touch()
     refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
     torch.save(torch.load(finished / "model.pt", weights_only=True), copy / "model.pt")
