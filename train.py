@@ -321,11 +321,11 @@ def train(settings: Settings) -> Path:
               f"{seen['layers']:.1f} of {len(model.gates)} layers  ({seconds:.0f} s)", flush=True)
         if phase == 1:
             # Before the push every layer runs, and such an epoch would win on score. So first come hard gates, then a budget
-            # met within a tenth, or all but met (or a lambda at work), then the score, then fewer layers; of equals the later.
-            share = seen["layers"] / len(model.gates)
-            met = -max(share, 1.1 * settings.budget) if settings.lam is None else (epoch + 1) / epochs > settings.push_start
-            met = settings.no_skipping or settings.method == "bert" or met
-            rank = [hard or settings.soft_gates, met, score, -share]
+            # met within a tenth, or pushed in full (or a lambda at work), then the score, then fewer layers; of equals the later.
+            share, ungated = seen["layers"] / len(model.gates), settings.no_skipping or settings.method == "bert"
+            met = ungated or settings.lam is None and share <= 1.1 * settings.budget
+            pushed = (epoch + 1) / epochs > (settings.push_full if settings.lam is None else settings.push_start)
+            rank = [hard or settings.soft_gates, met, met or pushed, score, -share]
             if best is None or rank >= best:
                 best = rank
                 save(out / "phase1.pt", model=model.state_dict(), **describe)
