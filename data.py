@@ -313,7 +313,8 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
     if full is None:
         raise DataError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
-                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64)")
+                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64); for others put "
+                        f"config.json, vocab.txt and pytorch_model.bin into a folder and name that")
     folder = cache_dir(cache) / "weights" / full.replace("/", "--")
     for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
         download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)

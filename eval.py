@@ -59,7 +59,7 @@ def pick_device(name: str) -> torch.device:
 def load_file(path: Path) -> dict:
     """A .pt file that train.py wrote. Raises WeightsError where it is missing or truncated, RunError where it is of
     another version."""
-    content = read_file(path, "let train.py finish the run, or start over with --overwrite")
+    content = read_file(path, "let train.py finish the run with --resume, or start over with --overwrite")
     if content.get("version") != VERSION:
         raise RunError(f"{path} was written by another version of this project: train again with --overwrite")
     return content
@@ -69,7 +69,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
     """Settings and trained model of a run. Raises RunError, and WeightsError for a model.pt that is missing or truncated."""
     path = Path(folder) / "settings.json"
     if not path.is_file():
-        raise RunError(f"{folder} holds no run: no settings.json in it; train.py makes one")
+        raise RunError(f"{folder} holds no run: no settings.json in it; name a run's folder, such as runs/toy, which train.py makes")
     content = load_file(Path(folder) / "model.pt")
     try:
         settings = json.loads(path.read_text())
@@ -286,7 +286,9 @@ def read_result(path: Path) -> tuple[tuple[str, str, str], dict, list[Row]]:
         settings, rows = result["settings"], [Row(**row) for row in result["rows"]]
         name = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
         return (name, settings["weights"] or "", settings["method"]), settings, rows
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): evaluate its run with eval.py, and name that file or folder")
+    except (ValueError, KeyError, TypeError):
         raise RunError(f"{path} is no eval.json of this version: evaluate its run with eval.py, and name that file or folder")
 
 
@@ -364,7 +366,8 @@ def show(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome,
         print(f"{trace(model, torch.tensor([len(split.ids[i])]), one, task.labels, sys.stdout.isatty())}; {way}")
 
 
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#999999"          # told apart by colour-blind eyes as well
+# Told apart by colour-blind eyes as well. Of layers blue is run, yellow is skipped.
+BLUE, ORANGE, GREEN, GRAY, YELLOW = "#0072B2", "#E69F00", "#009E73", "#999999", "#F0E442"
 
 
 def canvas():
@@ -436,8 +439,8 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
             plt.legend()
             finish(name, xlabel="FLOPs, share of plain BERT", ylabel=f"{metric} (dev)", title=title, xlim=(0, None))
 
-    plt.bar(layer - 0.2, row.skip_rate, 0.4, color=GREEN, hatch="//", label="skipped by those who reached it")
-    plt.bar(layer + 0.2, np.array(row.exit_histogram) / N, 0.4, color=BLUE, label="left after it")
+    plt.bar(layer - 0.2, row.skip_rate, 0.4, color=YELLOW, hatch="//", label="skipped by those who reached it")
+    plt.bar(layer + 0.2, np.array(row.exit_histogram) / N, 0.4, color="black", label="left after it")
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     finish("layers.png", xlabel="layer", ylabel="share of examples", title=f"{title}: {row}", xticks=layer, ylim=(0, 1))
 
@@ -445,7 +448,7 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
     # 0: not reached, 1: skipped, 2: run, 3: run, then left; at layer L nobody leaves, it is the end.
     became = 1 * (left >= layer) + ran + ((left == layer) & (layer < L))
     plt.imshow(became[np.lexsort((left[:, 0], ran.sum(1)))].T, vmin=-0.5, vmax=3.5, extent=(0, N, 0.5, L + 0.5),
-               cmap=plt.matplotlib.colors.ListedColormap(["white", "#F0E442", BLUE, "black"]))     # each example a column
+               cmap=plt.matplotlib.colors.ListedColormap(["white", YELLOW, BLUE, "black"]))     # each example a column
     plt.colorbar(ticks=range(4), location="bottom", pad=0.2).set_ticklabels(["not reached", "skipped", "run", "run, then left"])
     plt.grid(False)
     finish("examples.png", xlabel="examples of the dev set, the cheapest first", ylabel="layer", yticks=layer,
@@ -462,7 +465,7 @@ def plot(folder: Path, title: str, rows: list[Row], row: Row, outcome: Outcome, 
                label=f"{metric}, {judge}")
     upper.legend()
     upper.set(title=f"{title}: phase 1, then (dashed) phase 2")
-    image = lower.imshow(run.T, cmap="cividis", vmin=0, vmax=1, extent=(0, len(run) * per_line, 0.5, L + 0.5))
+    image = lower.imshow(run.T, cmap="cividis_r", vmin=0, vmax=1, extent=(0, len(run) * per_line, 0.5, L + 0.5))
     figure.colorbar(image, ax=lower, location="bottom", label="share of examples that run the layer")
     lower.grid(False)
     for axes in (upper, lower):
@@ -559,7 +562,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
         for row in rows if arguments.target_speedup else []:
             if row.chosen and row.threshold is not None and row.held_out_flops > 1 / arguments.target_speedup:
                 print(f"warning: {row.mode}: no threshold saves so much that --target-speedup {arguments.target_speedup:g} is "
-                      f"reached")
+                      f"reached; the cheapest is taken")
         if compared:
             print(f"\n{criteria_table(compared)}")
         path = folder / ("eval.json" if name == task.devs[0] else f"eval-{name}.json")
@@ -567,7 +570,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
             "task": task.name, "split": name, "partial": partial, "metric": metric, "examples": len(split),
             "majority": majority, "layers": len(model.gates), "device": device.type, "settings": kept,
             "rows": [vars(row) for row in rows]} | ({"criteria": [vars(row) for row in compared]} if compared else {}))
-        print(f"\nwrote {path}")
+        print(f"\nwrote {path}{f'; --predict and --trace now take {best}' if name == task.devs[0] and best.chosen else ''}")
         if arguments.plot and name == task.devs[0]:
             plot(folder, task.name, rows, best, predict(model, pools(split, device), best), compared, metric)
 
@@ -577,9 +580,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", help="the folder of a run that train.py made")
     parser.add_argument("--thresholds", nargs="+", type=float, metavar="E", help="entropies below which an example leaves; "
                         "--trace and --predict take the first")
-    parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS", help="choose the cheapest threshold "
+    parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS", help="star the cheapest threshold "
                         f"whose exits lose at most so much on held-out data (default {MAX_DROP})")
-    parser.add_argument("--target-speedup", type=float, metavar="X", help="or one with X times fewer FLOPs, the strictest "
+    parser.add_argument("--target-speedup", type=float, metavar="X", help="star a threshold with X times fewer FLOPs, the strictest "
                         "that is at most --max-drop below the best of these")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
     parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder, or with --summary "

@@ -390,7 +390,7 @@ def trace(model: SmartBert, tokens: Tensor, outcome: Outcome, labels: tuple[str,
     for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0]), 1):
         asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] and i < len(model.gates)
         cost = cost + asked * gate + ran * layer + met * head
-        bar = f"{g:.2f} {'#' * round(10 * g.item())}" if asked else ""
+        bar = f"{g:.3f} {'#' * round(10 * g.item())}" if asked else ""
         what = "not reached" if i > outcome.exit[0] else "ran, left" if left else "ran" if ran else "skipped"
         said = f"{labels[answer.argmax()]:<14} {answer.softmax(0).max():>4.0%} {entropy(answer):>10.3f}" if met else ""
         share = f"{(cost / total).item():>14.1%}" if i <= outcome.exit[0] else ""

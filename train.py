@@ -171,6 +171,8 @@ def open_folder(settings: Settings) -> Path:
                 raise RunError(f"{out} was started with {name} = {before.get(name)}, not {now[name]}: resume with the "
                                f"same settings")
         return out
+    if settings.resume:
+        print(f"nothing to resume in {out}: starting from the beginning", file=sys.stderr)
     if any((out / name).is_file() for name in ("checkpoint.pt", "model.pt")) and not settings.overwrite:
         raise RunError(f"{out} already holds a run: continue it with --resume, replace it with --overwrite, or name "
                        f"another folder with --out")
@@ -237,8 +239,8 @@ def train(settings: Settings) -> Path:
         raise RunError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a name such as "
                        f"google-bert/bert-base-uncased")
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
-    splits = data.load_task(task.name, settings.data_dir, settings.cache)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), len(task.labels)).to(device)
     splits = {name: data.encode(tokenizer, split, settings.max_length) for name, split in splits.items()}

@@ -248,7 +248,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     torch.save(content, copy / "model.pt")
     refused(evaluation.main, [copy], "another version", "--overwrite")
     refused(evaluation.main, [finished, "--trace", "x", "--target-speedup", "2"], "--thresholds")
-    refused(evaluation.main, ["--summary", "x"], "x is no eval.json")
+    refused(evaluation.main, ["--summary", "x"], "x cannot be read")
     refused(evaluation.main, [finished, "--summary", "x"], "without a run")
     (tmp_path / "file").touch()
     refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
