@@ -114,10 +114,14 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
         return toy(seed=seed)
     base = cache_dir(cache) / "glue" if data_dir is None else Path(os.path.expanduser(data_dir))
     folder, splits = base / task.folder, ("train", *task.devs)
-    if data_dir is None:
+
+    def there() -> bool:
+        return all((folder / f"{split}.tsv").is_file() for split in splits)
+
+    if data_dir is None and not there():
         try:
             with alone_in(base.parent):
-                if not all((folder / f"{split}.tsv").is_file() for split in splits):
+                if not there():                         # or another process has been quicker
                     (unpack if task.archive else assemble_mrpc)(task, folder)
         except OSError as error:
             raise DataError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
@@ -222,6 +226,8 @@ def download(url: str, path: Path) -> None:
     """Fetch url to path where it is not there yet, with a progress bar. What has come stays in path.part, from where the
     next call goes on; the file takes its name only at the size the server gave. Raises DataError, with what to do."""
     advice = f"run again to go on, or fetch {url} by hand and put it at {path}"
+    if path.is_file():
+        return
     try:
         with alone_in(path.parent):
             while not path.is_file():
@@ -313,8 +319,8 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
     if full is None:
         raise DataError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
-                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64); for others put "
-                        f"config.json, vocab.txt and pytorch_model.bin into a folder and name that")
+                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64); "
+                        f"for others put config.json, vocab.txt and pytorch_model.bin into a folder and name that")
     folder = cache_dir(cache) / "weights" / full.replace("/", "--")
     for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
         download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)

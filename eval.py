@@ -69,7 +69,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
     """Settings and trained model of a run. Raises RunError, and WeightsError for a model.pt that is missing or truncated."""
     path = Path(folder) / "settings.json"
     if not path.is_file():
-        raise RunError(f"{folder} holds no run: no settings.json in it; name a run's folder, such as runs/toy, which train.py makes")
+        raise RunError(f"{folder} holds no run, for it has no settings.json: name a folder that train.py made, such as runs/toy")
     content = load_file(Path(folder) / "model.pt")
     try:
         settings = json.loads(path.read_text())
@@ -582,8 +582,8 @@ def main(arguments: list[str] | None = None) -> None:
                         "--trace and --predict take the first")
     parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS", help="star the cheapest threshold "
                         f"whose exits lose at most so much on held-out data (default {MAX_DROP})")
-    parser.add_argument("--target-speedup", type=float, metavar="X", help="star a threshold with X times fewer FLOPs, the strictest "
-                        "that is at most --max-drop below the best of these")
+    parser.add_argument("--target-speedup", type=float, metavar="X", help="star a threshold with X times fewer FLOPs, the "
+                        "strictest that is at most --max-drop below the best of these")
     parser.add_argument("--criteria", action="store_true", help="compare entropy with other criteria to exit")
     parser.add_argument("--plot", action="store_true", help="write PNG files into the run's folder, or with --summary "
                         "study.png beside the first file (needs matplotlib)")

@@ -323,11 +323,11 @@ def train(settings: Settings) -> Path:
               f"{seen['layers']:.1f} of {len(model.gates)} layers  ({seconds:.0f} s)", flush=True)
         if phase == 1:
             # Before the push every layer runs, and such an epoch would win on score. So first come hard gates, then a budget
-            # met within a tenth, or pushed in full (or a lambda at work), then the score, then fewer layers; of equals the later.
+            # met within a tenth, or at least pushed in full, then the score, then fewer layers; of equals the later.
             share, ungated = seen["layers"] / len(model.gates), settings.no_skipping or settings.method == "bert"
             met = ungated or settings.lam is None and share <= 1.1 * settings.budget
             pushed = (epoch + 1) / epochs > (settings.push_full if settings.lam is None else settings.push_start)
-            rank = [hard or settings.soft_gates, met, met or pushed, score, -share]
+            rank = [hard or settings.soft_gates, met or pushed / 2, score, -share]
             if best is None or rank >= best:
                 best = rank
                 save(out / "phase1.pt", model=model.state_dict(), **describe)
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(**vars(parser.parse_args(arguments)))
     try:
         out = train(settings)
-    except (DataError, WeightsError, RunError) as error:
+    except (DataError, WeightsError, RunError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
