@@ -280,7 +280,36 @@ def first_correct(labels: Tensor) -> Criterion:
     return lambda history, rows: history[:, -1].argmax(-1) == labels[rows]
 
 
-# --- Dynamic inference ------------------------------------------------------------------------------------------------
+# --- Dynamic inference: one example -----------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: float, skip: bool = True) -> tuple:
+    """SmartBERT as the paper tells it: one example, one layer after the other (SmartBert.py:160-183).
+
+    ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
+    Returns logits (1, C), the layers that ran and the layer at which the example left, counted from 1.
+    """
+    L, ran = len(model.bert.layers), []
+    h = model.bert.embeddings(ids, segment_ids)                                         # h_0 (1, S, H)
+    for i in range(L):
+        # Skipping gate: g_i = sigmoid(w a + b), the probability that this example skips layer i.
+        # Hard weight: h_i = h_{i-1} where g_i >= 1/2, and then there is nothing to compute.
+        if skip and model.gates[i](h, None) >= 0.5:
+            continue
+        h = model.bert.layers[i](h, None)                                               # h_i = layer_i(h_{i-1})
+        ran.append(i + 1)
+        if i == L - 1:
+            break
+        # Exit head: leave where the entropy -sum_c p_c ln p_c of its answer is below the threshold.
+        logits, _ = model.heads[i](h, None)                                             # (1, C)
+        if entropy(logits) < threshold:
+            return logits, ran, i + 1
+    # Never sure: the last head answers, also where the last layer was skipped.
+    logits, _ = model.heads[-1](h, None)
+    return logits, ran, L
+
+
+# --- Dynamic inference: the same for many at once ---------------------------------------------------------------------
 
 @dataclass
 class Outcome:
@@ -377,26 +406,3 @@ def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
     return layer_flops(model, tokens) * len(model.bert.layers) + companion_flops(model.heads[-1], tokens)
-
-
-# --- One example on its way -------------------------------------------------------------------------------------------
-
-def trace(model: SmartBert, tokens: Tensor, outcome: Outcome, labels: tuple[str, ...], colour: bool = False) -> str:
-    """The way of the one row of an outcome as text: for each layer its gate, what became of it, the answer and the
-    entropy (in nats) of its head, the FLOPs so far as a share of plain BERT's. tokens (1,); labels: the classes' names."""
-    layer, total = layer_flops(model, tokens), plain_flops(model, tokens)
-    gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
-    lines, cost = ["layer   gate               what         head's answer          entropy   FLOPs so far"], 0
-    for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0]), 1):
-        asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] and i < len(model.gates)
-        cost = cost + asked * gate + ran * layer + met * head
-        bar = f"{g:.3f} {'#' * round(10 * g.item())}" if asked else ""
-        what = "not reached" if i > outcome.exit[0] else "ran, left" if left else "ran" if ran else "skipped"
-        said = f"{labels[answer.argmax()]:<14} {answer.softmax(0).max():>4.0%} {entropy(answer):>10.3f}" if met else ""
-        share = f"{(cost / total).item():>14.1%}" if i <= outcome.exit[0] else ""
-        line = f"{i:>5}   {bar:<16}   {what:<12} {said:<30} {share}".rstrip()
-        style = "\033[1m" if left else "" if ran else "\033[2m"                         # bold where it left, faint unrun
-        lines.append(f"{style}{line}\033[0m" if colour else line)
-    answer = outcome.logits[0]
-    return "\n".join(lines + [f"answer: {labels[answer.argmax()]} ({answer.softmax(0).max():.0%}), "
-                              f"{outcome.ran.sum()} of {len(model.gates)} layers run"])

@@ -29,11 +29,22 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import eval as evaluation
-from bert import Bert, BertConfig, WeightsError, load_bert
-from data import DataError
-from eval import RunError
-from smartbert import SmartBert, budget_push, lambda_push, phase1_loss, phase2_loss
+from bert import Bert, BertConfig, WeightsError, load_bert, read_file
+from data import Batch, DataError, Split
+from smartbert import (Criterion, Outcome, SmartBert, budget_push, entropy_below, infer, lambda_push,
+                       phase1_loss, phase2_loss)
+
+VERSION = 1             # of the files in a run's folder; another number means another layout
+POOL = 1024             # rows that wait at a layer together: full batches, and little memory
+# Settings that change no result, those that a plain BERT does not have, and what eval.py reads besides.
+OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
+OF_SMARTBERT = set("budget budget_weight lam gate_bias push_start push_full soft_epochs eta1 eta2 tau1 tau2 epochs2 "
+                   "no_skipping no_contrast soft_gates".split())
+NEEDED = set("task method weights data_dir cache max_length limit held_out seed bf16".split())
+
+
+class RunError(ValueError):
+    """A run's folder or a setting that cannot be used; the message is one line that says what to do."""
 
 
 def flag(default, help: str):
@@ -166,7 +177,7 @@ def open_folder(settings: Settings) -> Path:
             before, now = dict(json.loads(path.read_text())), asdict(settings)
         except (ValueError, TypeError):
             raise RunError(f"{path} is damaged: start over with --overwrite")
-        for name in now.keys() - evaluation.OF_A_MACHINE:
+        for name in now.keys() - OF_A_MACHINE:
             if before.get(name) != now[name]:
                 raise RunError(f"{out} was started with {name} = {before.get(name)}, not {now[name]}: resume with the "
                                f"same settings")
@@ -187,6 +198,65 @@ def open_folder(settings: Settings) -> Path:
     return out
 
 
+# --- A run's folder ---------------------------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    """auto takes the best that is there. Raises RunError for a device that is not."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there):
+        raise RunError(f"--device {name}: there is none here; use one of auto, {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def load_file(path: Path) -> dict:
+    """A .pt file that train.py wrote. Raises WeightsError where it is missing or truncated, RunError where it is of
+    another version."""
+    content = read_file(path, "let train.py finish the run with --resume, or start over with --overwrite")
+    if content.get("version") != VERSION:
+        raise RunError(f"{path} was written by another version of this project: train again with --overwrite")
+    return content
+
+
+def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
+    """Settings and trained model of a run. Raises RunError, and WeightsError for a model.pt that is missing or truncated."""
+    path = Path(folder) / "settings.json"
+    if not path.is_file():
+        raise RunError(f"{folder} holds no run, for it has no settings.json: name a folder that train.py made, such as runs/toy")
+    content = load_file(Path(folder) / "model.pt")
+    try:
+        settings = json.loads(path.read_text())
+        if not NEEDED | OF_SMARTBERT <= settings.keys():
+            raise KeyError
+        model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
+        model.load_state_dict(content["model"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise RunError(f"{folder} was trained by another version of this code, or is damaged: train again with --overwrite")
+    return settings, model.to(device).eval()
+
+
+# --- Inference over a whole split, for the log and for eval.py --------------------------------------------------------
+
+def pools(split: Split, device: str | torch.device = "cpu") -> list[Batch]:
+    """An encoded split as a few large padded batches of about one size, sorted by length."""
+    size = math.ceil(len(split) / math.ceil(len(split) / POOL))
+    return [batch.to(device) for batch in data.batches(split, size)]
+
+
+def run_pool(model: SmartBert, batch: Batch, skip: bool, leave: Criterion | None) -> Outcome:
+    """`infer` on one pool. On a GPU larger batches are full."""
+    return infer(model, batch.ids, batch.types, batch.mask, skip=skip, leave=leave,
+                 batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
+
+
+def predict(model: SmartBert, batches: list[Batch], skip: bool, leave: Criterion | None) -> Outcome:
+    """Every pool; the outcome in the order of the split (N rows), on the CPU. Leaves the model in
+    eval mode. The criterion must not look at the rows' places: each pool counts its own."""
+    model.eval()
+    parts = [vars(run_pool(model, batch, skip, leave)).values() for batch in batches]
+    order = torch.cat([batch.index for batch in batches]).argsort().cpu()
+    return Outcome(*(torch.cat(values).cpu()[order] for values in zip(*parts)))
+
+
 # --- Both phases ------------------------------------------------------------------------------------------------------
 
 def push_now(settings: Settings, progress: float):
@@ -201,7 +271,7 @@ def push_now(settings: Settings, progress: float):
 
 
 def save(path: Path, **content) -> None:
-    data.write_whole(path, lambda file: torch.save({"version": evaluation.VERSION, **content}, file))
+    data.write_whole(path, lambda file: torch.save({"version": VERSION, **content}, file))
 
 
 def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int, progress: float, hard: bool) -> dict:
@@ -216,13 +286,13 @@ def loss_of(model: SmartBert, batch: data.Batch, settings: Settings, phase: int,
     return vars(result) | {"run": result.run.mean(0)}
 
 
-def observe(model: SmartBert, split: data.Split, pools: list[data.Batch], settings: Settings, phase: int) -> dict:
+def observe(model: SmartBert, split: data.Split, batches: list[data.Batch], settings: Settings, phase: int) -> dict:
     """Scores on a split and the layers that ran: by the gates alone in phase 1, with exits in phase 2."""
     task = data.find_task(settings.task)
     skip = settings.method == "smartbert" and not settings.no_skipping
-    mode = ("both" if skip else "exit") if phase == 2 else "skip" if skip else "plain"
-    way = evaluation.Way(mode, 0.5 * math.log(len(task.labels)))        # eval.py chooses the threshold; this is for the log
-    outcome = evaluation.predict(model, pools, way)
+    # Half of the largest entropy is a threshold for the log; eval.py chooses the one to use.
+    leave = entropy_below(0.5 * math.log(len(task.labels))) if phase == 2 else None
+    outcome = predict(model, batches, skip, leave)
     return data.scores(task, outcome.logits.argmax(1).tolist(), split.labels) | {
         "layers": outcome.ran.sum(1).float().mean().item()}
 
@@ -233,7 +303,7 @@ def train(settings: Settings) -> Path:
     After every epoch checkpoint.pt holds all that is needed to go on as if nothing had happened.
     """
     check(settings)
-    device = evaluation.pick_device(settings.device)
+    device = pick_device(settings.device)
     task = data.find_task(settings.task)
     if task.name != "toy" and not settings.weights:
         raise RunError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a name such as "
@@ -249,19 +319,19 @@ def train(settings: Settings) -> Path:
     judge, judged = ("held-out", held) if len(held) else (task.devs[0], splits[task.devs[0]])
     if judge != "held-out":
         print(f"warning: nothing is held out, so {judge} picks the epoch that it then judges", file=sys.stderr)
-    judged_pools = evaluation.pools(judged, device)
+    judged_pools = pools(judged, device)
 
     out = open_folder(settings)
     data.write_vocabulary(tokenizer, out)
     if (out / "model.pt").is_file():
-        evaluation.load_run(out, device)                    # or says what is wrong with it
+        load_run(out, device)                    # or says what is wrong with it
         print(f"{out} is finished already")
         return out
     schedule = [(1, epoch) for epoch in range(settings.epochs1)]
     schedule += [(2, epoch) for epoch in range(settings.epochs2) if settings.method == "smartbert"]
     log, best, done, before = [], None, 0, None
     if (out / "checkpoint.pt").is_file():
-        before = evaluation.load_file(out / "checkpoint.pt")
+        before = load_file(out / "checkpoint.pt")
         done, best, log = before["done"], before["best"], before["log"]
         model.load_state_dict(before["model"])
         print(f"resuming {out} after {done} of {len(schedule)} epochs")
@@ -272,7 +342,7 @@ def train(settings: Settings) -> Path:
         # A phase begins (epoch 0; the second from the first one's best), or a stopped run goes on in the middle of one.
         if optimizer is None or epoch == 0:
             if phase == 2 and epoch == 0:
-                model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
+                model.load_state_dict(load_file(out / "phase1.pt")["model"])
             optimizer = make_optimizer(model, settings, phase)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             if before:
@@ -294,8 +364,10 @@ def train(settings: Settings) -> Path:
         for step, indices in enumerate(bar):
             batch = data.collate(training, indices).to(device)
             progress = (epoch + step / len(order)) / epochs                             # of the phase, 0..1
-            rate = min(progress / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup))
-            # Up for a while, then down to nothing. Gates rest until they are pushed, or the task alone would move them.
+            # Up for a while, then down to nothing; the first step has the rate that the second rises to, not 0.
+            risen = max(progress, 1 / (epochs * len(order)))
+            rate = min(risen / max(settings.warmup, 1e-9), (1 - progress) / (1 - settings.warmup))
+            # Gates rest until they are pushed, or the task alone would move them.
             for group in optimizer.param_groups:
                 resting = group["gates"] and progress < settings.push_start
                 group["lr"] = 0.0 if resting else group["top"] * rate
@@ -337,7 +409,7 @@ def train(settings: Settings) -> Path:
              cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)
 
     if schedule[-1][0] == 1:
-        model.load_state_dict(evaluation.load_file(out / "phase1.pt")["model"])
+        model.load_state_dict(load_file(out / "phase1.pt")["model"])
     save(out / "model.pt", model=model.state_dict(), **describe)
     (out / "checkpoint.pt").unlink()
     (out / "phase1.pt").unlink()

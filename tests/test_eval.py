@@ -13,8 +13,10 @@ from conftest import tiny_batch, tiny_model
 import data
 import eval as evaluation
 import train
-from eval import Row, RunError, Way, at_cost, choose
-from smartbert import entropy, entropy_below, infer, trace
+from eval import Row, Way, at_cost, choose, cut, leaves, nobody, trace
+from results import study
+from smartbert import entropy, entropy_below, infer
+from train import RunError
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
     evaluation.main(ask + ["--target-speedup", "2"])
     assert "the oracle reaches" in capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
-    settings, model = evaluation.load_run(finished, torch.device("cpu"))
+    settings, model = train.load_run(finished, torch.device("cpu"))
     training = data.load_task("toy")["train"].select(range(200))
     held = data.encode(data.load_tokenizer(finished), data.hold_out(training, 0.1, settings["seed"])[1])
     assert len(held) == 20
@@ -110,7 +112,7 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
         evaluation.main([str(finished), "--device", "cpu", "--thresholds", "0.5", "--predict", str(source)])
         return capsys.readouterr().out
 
-    _, model = evaluation.load_run(finished, torch.device("cpu"))
+    _, model = train.load_run(finished, torch.device("cpu"))
     tokenizer, wanted = data.load_tokenizer(finished), ""
     for line in lines:
         ids = torch.tensor([tokenizer.encode(line).ids])
@@ -170,30 +172,30 @@ def test_summary_is_mean_and_spread(tmp_path):
         settings = dict(task="cola", method="smartbert", weights="w", seed=i, budget=.5 if i < 3 else .4)
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings, "rows": rows}))
-    line, alone = [l for l in evaluation.summary(evaluation.read_study(files)).splitlines() if " both " in l]
+    line, alone = [l for l in study.summary(study.read_study(files)).splitlines() if " both " in l]
     mean, spread = statistics.mean(scores[:3]), statistics.stdev(scores[:3])
     assert line.split()[-9:] == ["smartbert", "both", "3", f"{mean:.3f}", "+-", f"{spread:.3f}", f"{mean / 2:.3f}", "+-",
                                  f"{spread / 2:.3f}"]
     assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
-    dear = [l for l in evaluation.summary(evaluation.read_study(files, speedup=99)).splitlines() if " both " in l][0]
+    dear = [l for l in study.summary(study.read_study(files, speedup=99)).splitlines() if " both " in l][0]
     assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
     for i, score in enumerate((.3, .4)):                # beside two plain BERTs of .35 on average
         settings, files = dict(task="cola", method="bert", weights="w", seed=i), files + [tmp_path / f"bert{i}.json"]
         files[-1].write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "settings": settings,
                                          "rows": [vars(row("plain", 2 * score, 1.))]}))
-    lines = evaluation.summary(evaluation.read_study(files)).splitlines()
+    lines = study.summary(study.read_study(files)).splitlines()
     assert [l.split()[-1] for l in lines if " both " in l] == [f"{100 * (mean - .35):+.1f}", "-5.0"]
     for content in ("[]", '{"rows": []}'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(RunError, match="x.json"):
-            evaluation.read_study([tmp_path / "x.json"])
+            study.read_study([tmp_path / "x.json"])
 
 
 def test_the_shipped_results_are_whole():
     """Every run in results/ takes part in the summary, and every toy figure of the README's table stands in its file."""
     folder = Path(__file__).parent.parent / "results"
     for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("earlier/*.json")):
-        assert paths and len(evaluation.summary(evaluation.read_study(paths)).splitlines()) > len(paths)
+        assert paths and len(study.summary(study.read_study(paths)).splitlines()) > len(paths)
     rows = json.loads((folder / "toy-50.json").read_text())["rows"]
     printed = (folder.parent / "README.md").read_text().split("in seconds\n")[1].split("\n...")[0].splitlines()
     for line in printed:
@@ -217,10 +219,61 @@ def test_pictures(finished, capsys):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((finished / "eval.json").read_text())
     files = [finished / "eval.json", finished / "bert.json"]
-    study = ["--plot", "--summary", *map(str, files)]
+    command = ["--plot", *map(str, files)]
     with pytest.raises(SystemExit) as stop:             # of a study: nothing to compare with
-        evaluation.main(study[:-1])
+        study.main(command[:-1])
     assert stop.value.code == 2 and "--method bert" in capsys.readouterr().err
     data.write_json(files[1], result | {"rows": result["rows"][:1], "settings": result["settings"] | {"method": "bert"}})
-    evaluation.main(study)
+    study.main(command)
     assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("gates", [True, False])
+@torch.no_grad()
+def test_a_cut_walk_is_what_inference_gives(gates):
+    """For each exit criterion and none: layers, exits, gates asked, heads met and answers of every row."""
+    labels, left = torch.arange(9) % 3, set()
+    ways = [Way("exit", 0.3), Way("exit", 0.9), Way("exit", 2.0), Way("exit", 0.42, "probability"), Way("plain"),
+            Way("exit", 1, "patience"), Way("exit", 2, "patience"), Way("exit", 3, "layer"), Way("exit", None, "oracle")]
+    for seed in range(4):
+        model, batch = tiny_model(seed), tiny_batch(seed)
+        walked = infer(model, *batch, skip=gates, leave=nobody)
+        for way in ways:
+            ours, theirs = cut(walked, leaves(way, labels)), infer(model, *batch, skip=gates, leave=leaves(way, labels))
+            assert torch.equal(ours.ran, theirs.ran) and torch.equal(ours.exit, theirs.exit)
+            for name in ("logits", "gates", "history"):
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True)
+            left |= set(theirs.exit.tolist())
+    assert min(left) < 3                                # or this test would show little
+
+
+@pytest.mark.parametrize("mode", ["exit", "both"])
+def test_a_cut_walk_on_a_trained_run(finished, mode):
+    """On the toy's dev set, at several thresholds, in whole pools."""
+    _, model = train.load_run(finished, torch.device("cpu"))
+    dev = data.encode(data.load_tokenizer(finished), data.load_task("toy")["dev"])
+    walked = evaluation.walk(model, dev, torch.device("cpu"), {mode})[mode == "both"]
+    for threshold in (0.2, 0.5, 0.65, 0.69):
+        theirs = train.predict(model, train.pools(dev), mode == "both", entropy_below(threshold))
+        ours = cut(walked, entropy_below(threshold))
+        close = ((entropy(walked.history[:, :-1]) - threshold).abs() < 1e-5).any(1)     # rounding may decide these
+        assert torch.equal(ours.ran[~close], theirs.ran[~close]) and torch.equal(ours.exit[~close], theirs.exit[~close])
+
+
+def test_the_threshold_meets_its_target(finished):
+    """Chosen from the fine grid, it saves what was asked for on the held-out rows, and stands in the table."""
+    evaluation.main([str(finished), "--repeats", "0", "--device", "cpu", "--target-speedup", "2", "--max-drop", "100"])
+    result = json.loads((finished / "eval.json").read_text())
+    for mode in ("exit", "both"):
+        rows = [r for r in result["rows"] if r["mode"] == mode]
+        assert sum(r["chosen"] for r in rows) == 1 and rows == sorted(rows, key=lambda r: r["threshold"])
+        chosen = next(r for r in rows if r["chosen"])
+        assert chosen["held_out_flops"] <= 0.5
+        assert {"threshold", "score", "flops"} < result["curve"][0].keys()
+
+
+def test_nothing_is_chosen_where_every_held_out_score_is_0():
+    rows = [row("plain", 0., 1.), row("exit", 0., .3, .1)]
+    choose(rows)
+    assert not any(r.chosen for r in rows)
+    assert any("every score on the held-out" in line for line in evaluation.warnings(rows, 0.0))

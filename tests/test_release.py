@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import smartbert
 from bert import Bert, BertConfig, convert_names
-from smartbert import SmartBert, entropy_below, gated_walk, infer, lambda_push, phase1_loss, phase2_loss
+from smartbert import SmartBert, entropy_below, gated_walk, infer, infer_one, lambda_push, phase1_loss, phase2_loss
 
 RELEASE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/release.npz").items()}
 # The release's names inside a gate, a classifier or a contrast projection, and ours. Three of theirs fill two of ours.
@@ -136,3 +136,8 @@ def test_dynamic_inference(model, threshold, skip):
     assert torch.equal(outcome.exit, expected(f"{where}/exit"))
     reached = torch.arange(1, 6) <= outcome.exit[:, None]
     assert torch.equal(~outcome.ran & reached, expected(f"{where}/skipped"))
+    for row, S in enumerate(mask.sum(1).tolist()):      # and so does the method written for one example
+        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], types[row:row + 1, :S], float(threshold), skip)
+        close(logits[0], expected(f"{where}/logits")[row])
+        assert exit == expected(f"{where}/exit")[row]
+        assert ran == [i + 1 for i in range(exit) if not expected(f"{where}/skipped")[row, i]]

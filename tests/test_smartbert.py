@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from smartbert import (ClsAttention, Outcome, SmartBert, budget_push, companion_flops, contrast, entropy, entropy_below,
-                       first_correct, fixed_layer, flops, gated_walk, hard_weight, infer, lambda_push, layer_flops,
+                       first_correct, fixed_layer, flops, gated_walk, hard_weight, infer, infer_one, lambda_push, layer_flops,
                        patience, phase1_loss, phase2_loss, plain_flops, probability_above, width)
 
 
@@ -95,6 +95,19 @@ def test_layers_that_nobody_runs(shut):
         outcome = infer(model, *batch, leave=leave, batch_tokens=40)
         assert_same(outcome, one_by_one(model, *batch, True, None if threshold is None else unsure_below(threshold)))
         assert not outcome.ran[:, shut].any()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0, 2.0])
+@torch.no_grad()
+def test_one_example_and_many_agree(skip, threshold):
+    """infer_one, the method as the paper tells it, and the pooled version: answers, layers and exits of every row."""
+    model, (ids, types, mask) = tiny_model(), tiny_batch()
+    outcome = infer(model, ids, types, mask, skip=skip, leave=entropy_below(threshold), batch_tokens=40)
+    for row, S in enumerate(mask.sum(1).tolist()):
+        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], types[row:row + 1, :S], threshold, skip)
+        torch.testing.assert_close(logits[0], outcome.logits[row], rtol=1e-4, atol=1e-5)
+        assert ran == (outcome.ran[row].nonzero().squeeze(1) + 1).tolist() and exit == outcome.exit[row]
 
 
 def argmax(p: list[float]) -> int:

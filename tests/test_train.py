@@ -1,7 +1,6 @@
 """Training and evaluation as a user runs them: whole runs of the toy task, killed runs, bad input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 
 import eval as evaluation
 import train
-
+from results import study
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch-size", "16", "--dropout", "0.1", "--device", "cpu"]
@@ -103,7 +102,7 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    state = evaluation.load_file(out / "checkpoint.pt")
+    state = train.load_file(out / "checkpoint.pt")
     assert state["done"] >= 1 and sum("held-out" in record for record in state["log"]) == state["done"]
     assert not (out / "model.pt").exists()
     refused(evaluation.main, [out], "model.pt")
@@ -230,7 +229,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, [finished, "--max-drop", "nan"], "--max-drop")
     refused(evaluation.main, [finished, "--predict", "x", "--criteria"], "--criteria")
     refused(evaluation.main, [finished, "--predict", "x", "--trace", "y"], "--trace")
-    refused(evaluation.main, [], "runs/toy")
+    refused(evaluation.main, [], "run")
     train.main(["--method", "bert", "--limit", "40", "--epochs1", "1", "--device", "cpu", "--out", str(tmp_path / "bert")])
     refused(evaluation.main, [tmp_path / "bert", "--criteria"], "plain BERT")
     model = (finished / "model.pt").read_bytes()
@@ -248,8 +247,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     torch.save(content, copy / "model.pt")
     refused(evaluation.main, [copy], "another version", "--overwrite")
     refused(evaluation.main, [finished, "--trace", "x", "--target-speedup", "2"], "--thresholds")
-    refused(evaluation.main, ["--summary", "x"], "x cannot be read")
-    refused(evaluation.main, [finished, "--summary", "x"], "without a run")
+    refused(study.main, ["x"], "x cannot be read")
     (tmp_path / "file").touch()
     refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
     torch.save(torch.load(finished / "model.pt", weights_only=True), copy / "model.pt")

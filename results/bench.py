@@ -1,7 +1,7 @@
 """How fast: every ratio side by side in one process, in turn, the median of several rounds.
 
-    python tests/bench.py --weights FOLDER --data-dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
-    python tests/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --runs runs/rte runs/sst2
+    python results/bench.py --weights FOLDER --data-dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
+    python results/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --runs runs/rte runs/sst2
 
 Hugging Face's transformers is the peer where it is installed; without it those rows are left out. A ratio above 1 means that
 ours is faster. With --runs, the dynamic inference of trained runs: speed-up in seconds over speed-up in FLOPs, both against
@@ -9,7 +9,6 @@ plain BERT here. Run it on an idle machine; it takes some ten minutes on two cor
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import eval as evaluation
+import train
 from bert import load_bert
 from smartbert import SmartBert, budget_push, entropy_below, infer, phase1_loss, phase2_loss
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="write the figures to this file as well")
     arguments = parser.parse_args()
-    device, rounds, folder = evaluation.pick_device(arguments.device), arguments.rounds, Path(arguments.weights)
+    device, rounds, folder = train.pick_device(arguments.device), arguments.rounds, Path(arguments.weights)
     figures = {"machine": machine(), "threads": torch.get_num_threads(),
                "device": str(device), "torch": torch.__version__, "rounds": rounds}
     tokenizer = data.load_tokenizer(folder)
@@ -110,7 +110,7 @@ def main() -> None:
         splits = data.load_task(task, arguments.data_dir)
         dev = data.encode(tokenizer, splits["dev"])
         given = [data.collate(dev, list(range(i, min(i + 32, len(dev))))).to(device) for i in range(0, len(dev), 32)]
-        pooled = evaluation.pools(dev, device)
+        pooled = train.pools(dev, device)
         if peer:
             peer.eval()
             with torch.inference_mode():
@@ -118,7 +118,7 @@ def main() -> None:
                     lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given],
                     lambda: [model(b.ids, b.types, b.mask) for b in given],
                     lambda: products_of(given),
-                    lambda: [evaluation.run_pool(model, b, evaluation.Way("plain")) for b in pooled], rounds=rounds)
+                    lambda: [train.run_pool(model, b, False, None) for b in pooled], rounds=rounds)
             note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
             note(f"{task}: the bound, those batches' matrix products and nothing else / transformers", floor, theirs)
             note(f"{task}: whole dev set as each would run it / transformers", plain, theirs)
@@ -158,18 +158,34 @@ def main() -> None:
     note("rte: phase 2, 6 steps of 32 / phase 1", second, first)
 
     for run in arguments.runs:
-        settings, trained = evaluation.load_run(run, device)
+        settings, trained = train.load_run(run, device)
         task = data.find_task(settings["task"])
         split = data.load_task(task.name, arguments.data_dir)[task.devs[0]]
         split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
         ways = [evaluation.Way("plain"), evaluation.Way("skip")]
         ways += [evaluation.Way(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
-        rows = evaluation.sweep(trained, split, task, ways, device, rounds)
+        walks = evaluation.walk(trained, split, device, {way.mode for way in ways})
+        rows = [evaluation.measure(trained, split, task, walks, way) for way in ways]
+        evaluation.clock(trained, split, rows, device, rounds)
         for row in rows[1:]:
             note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
-        pooled, leave = evaluation.pools(split, device), entropy_below(0.28)
+        every = evaluation.fine_grid(walks, [evaluation.Way("exit"), evaluation.Way("both")])
+        some_ways = [way for mode in ("exit", "both") for way in [w for w in every if w.mode == mode][::10]]
+
+        def by_walks():
+            walks = evaluation.walk(trained, split, device, {"exit", "both"})
+            for way in some_ways:
+                evaluation.measure(trained, split, task, walks, way)
+
+        def by_passes():
+            for way in some_ways:
+                train.predict(trained, pooled, way.mode == "both", entropy_below(way.threshold))
+
+        pooled, leave = train.pools(split, device), entropy_below(0.28)
+        note(f"{task.name}: {len(some_ways)} thresholds by two walks / by one pass each",
+             *in_turn(by_walks, by_passes, rounds=min(rounds, 3)))
         singly = [data.collate(split, [i]).to(device) for i in range(len(split))]
-        many = lambda: [evaluation.run_pool(trained, b, evaluation.Way("both", 0.28)) for b in pooled]
+        many = lambda: [train.run_pool(trained, b, True, leave) for b in pooled]
         one = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave, batch_tokens=1) for b in singly]
         note(f"{task.name} both at threshold 0.28 / one example at a time", *in_turn(many, one, rounds=min(rounds, 3)))
     if arguments.json:
