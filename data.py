@@ -140,33 +140,51 @@ def read_lines(path: Path, advice: str) -> list[str]:
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
+def quote(cell: str) -> str:
+    """A cell for an error message: in quotes, at most 60 characters of it."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file; without split.tsv, split.partial.tsv. Rows that lack fields are left out, counted and named on
-    stderr; a label the task does not know, a missing column and a file without examples raise DataError."""
+    """One tsv file; without split.tsv, split.partial.tsv.
+
+    Rows with more or fewer fields than the header, and MNLI's without a gold label, are left out,
+    counted and named on stderr. A label the task does not know, a column that is missing or there
+    twice and a file without examples raise DataError.
+    """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
     advice = f"put {task.folder}'s {split}.tsv there"
     lines = read_lines(path, advice)
     header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
+    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
     wanted = set(task.columns) - {None}
     if not wanted <= set(header):
         raise DataError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
-    texts, labels, short = [], [], []
+    texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
     for number, line in enumerate(lines, first):
-        cells = dict(zip(header, line.split("\t")))     # no quoting: a " is a character like any other
-        if wanted - cells.keys():
-            short.append(number)
+        cells = line.split("\t")                        # no quoting: a " is a character like any other
+        if len(cells) != len(header):
+            why = "lack fields" if len(cells) < len(header) else "have too many fields"
+            left_out.setdefault(why, []).append(number)
             continue
-        text, second, label = (cells.get(column) for column in task.columns)
+        text, second, label = map(dict(zip(header, cells)).get, task.columns)
+        if task.name == "mnli" and label == "-":        # its annotators did not agree
+            left_out.setdefault("have no gold label", []).append(number)
+            continue
         if label not in task.labels:
-            raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}: {advice}")
+            raise DataError(f"{path}, line {number}: label {quote(label)} is none of "
+                            f"{', '.join(task.labels)}: {advice}")
         texts.append((text, second))
         labels.append(task.labels.index(label))
+    notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
+             f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
     if not labels:
-        raise DataError(f"{path} holds no examples: {advice}")
-    if short:
-        print(f"{path}: left out {len(short)} rows that lack fields (line {', '.join(map(str, short[:5]))}"
-              f"{', ...' if len(short) > 5 else ''})", file=sys.stderr)
+        raise DataError(f"{path} holds no examples{''.join(f', {note}' for note in notes)}: {advice}")
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
 
 

@@ -124,6 +124,34 @@ def test_rows_that_lack_fields_are_counted_and_named(tmp_path, capsys):
     assert warning.count("\n") == 1 and "train.tsv: left out 7 rows" in warning and "3, 4, 6, 7, 8, ..." in warning
 
 
+def test_rows_with_too_many_fields_shift_nothing(tmp_path, capsys):
+    rte_folder(tmp_path, RTE + "0\ta\tb\tentailment\n1\ta\tb\tc\tentailment\n"
+               "2\ta\tb\tentailment\tnot_entailment\n3\ta\tb\n")
+    assert data.load_task("rte", tmp_path)["train"].texts == [("a", "b")]
+    first, second = capsys.readouterr().err.splitlines()
+    assert "train.tsv: left out 2 rows that have too many fields (line 3, 4)" in first
+    assert "train.tsv: left out 1 rows that lack fields (line 5)" in second
+    rte_folder(tmp_path, RTE + "0\ta\tb\tc\tentailment\n")
+    fails(lambda: data.load_task("rte", tmp_path), "no examples", "1 rows that have too many fields")
+
+
+def test_mnli_rows_without_a_gold_label_are_left_out(tmp_path, capsys):
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        write(tmp_path / f"{split}.tsv", "sentence1\tsentence2\tgold_label\na\tb\t-\nc\td\tneutral\n")
+    assert data.load_task("mnli", tmp_path)["train"].texts == [("c", "d")]
+    assert "train.tsv: left out 1 rows that have no gold label (line 2)" in capsys.readouterr().err
+    rte_folder(tmp_path, RTE + "0\ta\tb\t-\n")
+    fails(lambda: data.load_task("rte", tmp_path), "label '-' is none of")
+
+
+def test_headers_with_a_column_twice_and_long_cells(tmp_path):
+    rte_folder(tmp_path, "label\tsentence1\tsentence2\tlabel\nentailment\ta\tb\tentailment\n")
+    fails(lambda: data.load_task("rte", tmp_path), "train.tsv", "column 'label' twice")
+    rte_folder(tmp_path, RTE + "0\ta\tb\t" + "x" * 5000 + "\n")
+    message = fails(lambda: data.load_task("rte", tmp_path), "line 2", "'" + "x" * 57 + "...'")
+    assert "x" * 58 not in message
+
+
 def test_files_that_cannot_be_used(tmp_path):
     def load():
         return data.load_task("rte", tmp_path)
