@@ -347,31 +347,80 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
 
 # --- Tokens and batches -----------------------------------------------------------------------------------------------
 
+SPECIALS = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, {} where there is no file. Raises DataError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if isinstance(value, dict):
+            return value
+    except (ValueError, OSError, RecursionError):
+        pass
+    raise DataError(f"{path} is not a JSON object: remove it and download it again")
+
+
+def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
+    """do_lower_case, strip_accents and tokenize_chinese_chars, those that tokenizer_config.json
+    states, or else the normalizer in tokenizer.json. Raises DataError."""
+    path, other = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    config, names = read_object(path), {
+        "do_lower_case": "lowercase", "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars"}
+    odd = []
+    for name, usual in SPECIALS.items():
+        token = config.get(name, usual)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token != usual:
+            odd.append(f"{name} {quote(str(token))}")
+    if odd:
+        raise DataError(f"{path} names special tokens that are not BERT's, {', '.join(odd)}: "
+                        f"use weights with {', '.join(SPECIALS.values())}")
+    stated = {name: (path, name, config[name]) for name in names if name in config}
+    if len(stated) < len(names):
+        block = read_object(other).get("normalizer")
+        if isinstance(block, dict) and block.get("type") == "BertNormalizer":
+            stated = {ours: (other, theirs, block[theirs]) for ours, theirs in names.items()
+                      if theirs in block} | stated
+    for ours, (file, name, value) in stated.items():
+        if not isinstance(value, bool) and not (ours == "strip_accents" and value is None):
+            raise DataError(f"{file}: {name} is {quote(str(value))}, not true or false: "
+                            f"correct it, or download the file again")
+    return {ours: value for ours, (_, _, value) in stated.items()}
+
+
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number from 0); lower-case
-    unless tokenizer_config.json there says do_lower_case false. Raises DataError."""
-    path, config = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number
+    from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case it
+    is lower-case, and the vocabulary must be so too. Raises DataError."""
+    path = Path(folder) / "vocab.txt"
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
         raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
     if len(set(words)) < len(words):
         raise DataError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
-    try:
-        lower = not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True)
-        if not isinstance(lower, bool):
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise DataError(f"{config} is not JSON that says true or false to do_lower_case: download it again, or remove it for "
-                        f"lower-case weights")
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=lower)
+    stated = tokenizer_settings(Path(folder))
+    capital = next((word for word in words if word != word.lower()
+                    and not (word.startswith("[") and word.endswith("]"))), None)
+    if capital is not None and "do_lower_case" not in stated:
+        raise DataError(f"{path} has upper-case words such as {quote(capital)}: put a "
+                        f"tokenizer_config.json beside it with do_lower_case true or false")
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)},
+                                  lowercase=stated.get("do_lower_case", True),
+                                  strip_accents=stated.get("strip_accents"),
+                                  handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
 
 
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
-    """vocab.txt and the case setting, so that `load_tokenizer(folder)` gives the same tokenizer again."""
+    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer again."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     write_whole(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
-    write_json(Path(folder) / "tokenizer_config.json", {"do_lower_case": tokenizer.normalizer.lowercase})
+    rules = tokenizer.normalizer
+    write_json(Path(folder) / "tokenizer_config.json", {
+        "do_lower_case": rules.lowercase, "strip_accents": rules.strip_accents,
+        "tokenize_chinese_chars": rules.handle_chinese_chars})
 
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:

@@ -5,6 +5,7 @@
 """
 
 import io
+import json
 import os
 import threading
 import time
@@ -480,6 +481,7 @@ def vocabulary(folder: Path, *words: str) -> Path:
 
 
 def test_word_pieces_and_case(tmp_path):
+    write(tmp_path / "tokenizer_config.json", '{"do_lower_case": true}')
     vocabulary(tmp_path, "a", "un", "##able", "##aff", "A")
     tokens = data.load_tokenizer(tmp_path).encode("A unaffable \u00e0 zz").tokens
     assert tokens == ["[CLS]", "a", "un", "##aff", "##able", "a", "[UNK]", "[SEP]"]
@@ -488,6 +490,55 @@ def test_word_pieces_and_case(tmp_path):
     for content in ('{"do_lower', "[]", '{"do_lower_case": "false"}'):
         write(tmp_path / "tokenizer_config.json", content)
         fails(lambda: data.load_tokenizer(tmp_path), "tokenizer_config.json")
+
+
+def config(folder: Path, name: str = "tokenizer_config.json", **values) -> None:
+    write(folder / name, json.dumps(values))
+
+
+MIXED = "Caf\u00e9 \u4e2d\u56fd A"                                       # capitals, an accent, two Chinese characters
+WORDS = ("Caf\u00e9", "Cafe", "caf\u00e9", "cafe", "\u4e2d", "\u56fd", "\u4e2d\u56fd", "A", "a")
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("strip", [None, True, False])
+@pytest.mark.parametrize("chinese", [True, False])
+def test_tokenizer_settings_are_obeyed_and_written(tmp_path, lower, strip, chinese):
+    vocabulary(tmp_path, *WORDS)
+    config(tmp_path, do_lower_case=lower, strip_accents=strip, tokenize_chinese_chars=chinese)
+    tokenizer = data.load_tokenizer(tmp_path)
+    accent = "e" if strip or strip is None and lower else "\u00e9"
+    expected = [("caf" if lower else "Caf") + accent,
+                *(["\u4e2d", "\u56fd"] if chinese else ["\u4e2d\u56fd"]), "a" if lower else "A"]
+    assert tokenizer.encode(MIXED).tokens[1:-1] == expected
+    data.write_vocabulary(tokenizer, tmp_path / "again")
+    assert data.load_tokenizer(tmp_path / "again").encode(MIXED).tokens[1:-1] == expected
+    (tmp_path / "tokenizer_config.json").unlink()                       # the same from tokenizer.json alone
+    config(tmp_path, "tokenizer.json", normalizer={"type": "BertNormalizer", "lowercase": lower,
+           "strip_accents": strip, "handle_chinese_chars": chinese})
+    assert data.load_tokenizer(tmp_path).encode(MIXED).tokens[1:-1] == expected
+    config(tmp_path, do_lower_case=not lower)                           # which loses against the other
+    assert (data.load_tokenizer(tmp_path).encode("A").tokens[1] == "A") == lower
+
+
+def test_tokenizer_settings_that_cannot_be_obeyed(tmp_path):
+    def load():
+        return data.load_tokenizer(tmp_path)
+    vocabulary(tmp_path, "a", "A", "[unused1]")
+    fails(load, "vocab.txt", "'A'", "tokenizer_config.json", "do_lower_case")
+    config(tmp_path, "tokenizer.json", normalizer=None)
+    fails(load, "do_lower_case")
+    vocabulary(tmp_path, "a", "[unused1]", "[MASK]")
+    assert load().encode("A").tokens[1] == "a"
+    config(tmp_path, unk_token="<unk>", cls_token={"content": "[CLS]"}, sep_token={"content": "</s>"})
+    message = fails(load, "tokenizer_config.json", "unk_token '<unk>'", "sep_token '</s>'")
+    assert "cls_token" not in message
+    for name, value in (("strip_accents", "no"), ("tokenize_chinese_chars", None), ("do_lower_case", 1)):
+        config(tmp_path, **{name: value})
+        fails(load, "tokenizer_config.json", name, str(value))
+    config(tmp_path)
+    write(tmp_path / "tokenizer.json", "{")
+    fails(load, "tokenizer.json is not a JSON object")
 
 
 def test_vocabularies_that_cannot_be_used(tmp_path):
