@@ -28,6 +28,10 @@ class WeightsError(ValueError):
     """A weights folder that cannot be used; the message is one line that says why and what to do."""
 
 
+# What a number in config.json may be: from, to. Others that are whole: 1 to 10^7, the rest 0 to 1.
+LIMITS = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 1000)}
+
+
 @dataclass
 class BertConfig:
     """The shape of a BERT, under the names of Hugging Face's config.json. The defaults are bert-base-uncased's."""
@@ -46,9 +50,14 @@ class BertConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kinds = getattr(self, field.name), int if field.type is int else (int, float)
-            if not isinstance(value, kinds) or field.type is int and value < 1:
-                raise WeightsError(f"{field.name} {value!r} is no {'whole ' * (field.type is int)}number that a BERT can have")
+            value, whole = getattr(self, field.name), field.type is int
+            low, high = LIMITS.get(field.name, (1, 10**7) if whole else (0, 1))
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise WeightsError(f"{field.name} {value!r:.60} is no {'whole ' * whole}number: "
+                                   f"correct config.json, or download it again")
+            if not low <= value <= high or field.name.endswith("_prob") and value == 1:    # NaN too
+                raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to {high}: "
+                                   f"correct config.json, or download it again")
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
@@ -229,6 +238,10 @@ def read_config(folder: Path) -> BertConfig:
         raise WeightsError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise WeightsError(f"{path}: only absolute position embeddings are known")
+    for name in ("is_decoder", "add_cross_attention"):
+        if values.get(name):
+            raise WeightsError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an encoder: "
+                               f"use the weights of one")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
 
