@@ -55,9 +55,10 @@ class BertConfig:
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise WeightsError(f"{field.name} {value!r:.60} is no {'whole ' * whole}number: "
                                    f"correct config.json, or download it again")
-            if not low <= value <= high or field.name.endswith("_prob") and value == 1:    # NaN too
-                raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to {high}: "
-                                   f"correct config.json, or download it again")
+            below = field.name.endswith("_prob")        # dropout of 1 would leave nothing
+            if not low <= value <= high or below and value == high:                     # NaN too
+                raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to "
+                                   f"{'below ' * below}{high}: correct config.json, or download it again")
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
@@ -179,8 +180,9 @@ LAYER_PARTS = {
 }
 EMBEDDING_PARTS = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings",
                    "norm": "LayerNorm"}
-# In a file for pre-training but not in the encoder: the pooler, the heads, and a buffer that counts 0 1 2 ...
-IGNORED = ("pooler.", "cls.", "embeddings.position_ids")
+# In a file for pre-training or a task, but not in the encoder: the pooler, the heads, and a buffer
+# that counts 0 1 2 ...
+IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids")
 
 
 def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
@@ -194,18 +196,37 @@ def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def unusable(tensor) -> str | None:
+    """Why this is no tensor of weights, or None where it is one."""
+    if not isinstance(tensor, Tensor):
+        return f"is no tensor but of type {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "is on the meta device, without values"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "is sparse or nested"
+    return None if tensor.is_floating_point() else f"is of {tensor.dtype}, not floating point"
+
+
 def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
     """A file's tensors -> a state dict for this encoder, in fp32.
 
-    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises WeightsError
-    naming the tensor that is missing, of another shape, or that no part of the encoder would use.
+    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises
+    WeightsError naming the tensor that is missing, of another shape or kind, not finite, there twice,
+    or that no part of the encoder would use.
     """
     found = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise WeightsError(f"the weights hold {name!r:.60} in place of a tensor's name: save a model's "
+                               f"state_dict() instead")
         name = name.removeprefix("bert.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith(IGNORED):
-            found[name] = tensor
+        if name.startswith(IGNORED):
+            continue
+        if name in found:
+            raise WeightsError(f"the weights hold the tensor {name} twice, under two of its names: save "
+                               f"them with one")
+        found[name] = tensor
     state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
     for ours, theirs in name_table(bert.config).items():
         shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])                     # of each part
@@ -213,9 +234,16 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
             if name not in found:
                 raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
                                    f"{bert.config.num_hidden_layers} layers, as config.json says")
+            why = unusable(found[name])
+            if why:
+                raise WeightsError(f"the tensor {name} {why}: save the weights as plain fp32 tensors")
             if found[name].shape != shape:
                 raise WeightsError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
-        state[ours] = torch.cat([found.pop(name).float() for name in theirs])
+            found[name] = found[name].float()
+            if not found[name].isfinite().all():
+                raise WeightsError(f"the tensor {name} holds NaN or infinite values: use weights whose "
+                                   f"training did not diverge")
+        state[ours] = torch.cat([found.pop(name) for name in theirs])
     if found:
         raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
     return state
@@ -264,6 +292,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return read_file(path, "remove it and download it again")
     path = folder / "model.safetensors"
     if not path.is_file():
+        for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+            if (folder / index).is_file():
+                raise WeightsError(f"{folder} holds sharded weights ({index}): save them as one file, "
+                                   f"pytorch_model.bin or model.safetensors")
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
     try:
         from safetensors import SafetensorError
