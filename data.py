@@ -37,6 +37,7 @@ except ImportError:         # Windows
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 HUB_URL = "https://huggingface.co/"
+LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
 
 
 class DataError(ValueError):
@@ -196,6 +197,9 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
+    if len(held) == len(split):
+        raise DataError(f"nothing is left to train on: a share of {share} holds out all {len(split)} examples, "
+                        f"use a smaller share or more examples")
     return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
 
@@ -297,6 +301,10 @@ def unpack(task: Task, folder: Path) -> None:
     download(GLUE_URL + task.archive, archive)
     try:
         with zipfile.ZipFile(archive) as files:         # only these are read, wherever other names in the zip may lead
+            for name in (f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)):
+                if files.getinfo(name).file_size > LARGEST:
+                    raise DataError(f"{archive} is not GLUE's ({name} would unpack to more than "
+                                    f"{LARGEST / 2**30:g} GiB): remove it and run again to download it")
             tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
     except KeyError as error:
         raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")

@@ -192,6 +192,8 @@ def test_hold_out_is_stratified_disjoint_and_reproducible():
     assert data.hold_out(split, 0.2, seed=6)[1].levels != held.levels
     assert len(data.hold_out(split, 0.0)[1]) == 0
     fails(lambda: data.hold_out(split, 1.5), "1.5")
+    fails(lambda: data.hold_out(split.select([0, 99]), 0.9), "nothing is left to train on: ", "0.9", "all 2")
+    fails(lambda: data.hold_out(split.select([]), 0.0), "nothing is left to train on: ")
 
 
 @needs_shared
@@ -391,6 +393,17 @@ def test_zip_that_leads_out_of_its_folder_does_not(server, tmp_path, member):
     glue = tmp_path / "cache" / "glue"
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == {glue / "RTE.zip", glue / "RTE/train.tsv", glue / "RTE/dev.tsv"}
     assert not Path("/tmp/smartbert-evil.tsv").exists()
+
+
+def test_zip_member_of_a_huge_declared_size_is_refused(tmp_path, monkeypatch):
+    """The size in the zip's directory is set to just under 4 GiB, the most that its 32 bits can say."""
+    whole = bytearray(zipped(**WHOLE))
+    size = whole.rindex(b"RTE/train.tsv") - 22                          # where the directory's entry has it
+    whole[size:size + 4] = b"\xfe\xff\xff\xff"
+    archive = write(tmp_path / "glue" / "RTE.zip", bytes(whole))
+    assert data.LARGEST == 2**32
+    monkeypatch.setattr(data, "LARGEST", 2**31)
+    fails(lambda: data.load_task("rte", cache=tmp_path), str(archive), "RTE/train.tsv", "more than 2 GiB", "remove it")
 
 
 def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
