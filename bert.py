@@ -58,7 +58,8 @@ class BertConfig:
             below = field.name.endswith("_prob")        # dropout of 1 would leave nothing
             if not low <= value <= high or below and value == high:                     # NaN too
                 raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to "
-                                   f"{'below ' * below}{high}: correct config.json, or download it again")
+                                   f"{'below ' * below}{high}: correct config.json, "
+                                   f"or download it again")
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
@@ -210,22 +211,22 @@ def unusable(tensor) -> str | None:
 def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
     """A file's tensors -> a state dict for this encoder, in fp32.
 
-    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises
-    WeightsError naming the tensor that is missing, of another shape or kind, not finite, there twice,
-    or that no part of the encoder would use.
+    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias.
+    Raises WeightsError naming the tensor that is missing, of another shape or kind, not finite,
+    there twice, or that no part of the encoder would use.
     """
     found = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise WeightsError(f"the weights hold {name!r:.60} in place of a tensor's name: save a model's "
-                               f"state_dict() instead")
+            raise WeightsError(f"the weights hold {name!r:.60} in place of a tensor's name: "
+                               f"save a model's state_dict() instead")
         name = name.removeprefix("bert.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if name.startswith(IGNORED):
             continue
         if name in found:
-            raise WeightsError(f"the weights hold the tensor {name} twice, under two of its names: save "
-                               f"them with one")
+            raise WeightsError(f"the weights hold the tensor {name} twice, under two names: "
+                               f"save them with one")
         found[name] = tensor
     state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
     for ours, theirs in name_table(bert.config).items():
@@ -236,13 +237,14 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
                                    f"{bert.config.num_hidden_layers} layers, as config.json says")
             why = unusable(found[name])
             if why:
-                raise WeightsError(f"the tensor {name} {why}: save the weights as plain fp32 tensors")
+                raise WeightsError(f"the tensor {name} {why}: "
+                                   f"save the weights as plain fp32 tensors")
             if found[name].shape != shape:
                 raise WeightsError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
             found[name] = found[name].float()
             if not found[name].isfinite().all():
-                raise WeightsError(f"the tensor {name} holds NaN or infinite values: use weights whose "
-                                   f"training did not diverge")
+                raise WeightsError(f"the tensor {name} holds NaN or infinite values: "
+                                   f"use weights whose training did not diverge")
         state[ours] = torch.cat([found.pop(name) for name in theirs])
     if found:
         raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
@@ -268,8 +270,8 @@ def read_config(folder: Path) -> BertConfig:
         raise WeightsError(f"{path}: only absolute position embeddings are known")
     for name in ("is_decoder", "add_cross_attention"):
         if values.get(name):
-            raise WeightsError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an encoder: "
-                               f"use the weights of one")
+            raise WeightsError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an "
+                               f"encoder: use the weights of one")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
 
@@ -294,8 +296,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
             if (folder / index).is_file():
-                raise WeightsError(f"{folder} holds sharded weights ({index}): save them as one file, "
-                                   f"pytorch_model.bin or model.safetensors")
+                raise WeightsError(f"{folder} holds sharded weights ({index}): save them "
+                                   f"as one file, pytorch_model.bin or model.safetensors")
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
     try:
         from safetensors import SafetensorError

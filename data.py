@@ -166,7 +166,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
         raise DataError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
     texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
     for number, line in enumerate(lines, first):
-        cells = line.split("\t")                        # no quoting: a " is a character like any other
+        cells = line.split("\t")                    # no quoting: a " is a character like any other
         if len(cells) != len(header):
             why = "lack fields" if len(cells) < len(header) else "have too many fields"
             left_out.setdefault(why, []).append(number)
@@ -183,7 +183,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
              f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
     if not labels:
-        raise DataError(f"{path} holds no examples{''.join(f', {note}' for note in notes)}: {advice}")
+        raise DataError(f"{path} holds {', '.join(['no examples', *notes])}: {advice}")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
@@ -198,8 +198,8 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
     if len(held) == len(split):
-        raise DataError(f"nothing is left to train on: a share of {share} holds out all {len(split)} examples, "
-                        f"use a smaller share or more examples")
+        raise DataError(f"nothing is left to train on: a share of {share} holds out all "
+                        f"{len(split)} examples, use a smaller share or more examples")
     return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
 
@@ -304,7 +304,8 @@ def unpack(task: Task, folder: Path) -> None:
             for name in (f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)):
                 if files.getinfo(name).file_size > LARGEST:
                     raise DataError(f"{archive} is not GLUE's ({name} would unpack to more than "
-                                    f"{LARGEST / 2**30:g} GiB): remove it and run again to download it")
+                                    f"{LARGEST / 2**30:g} GiB): remove it and run again to "
+                                    f"download it")
             tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
     except KeyError as error:
         raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
@@ -400,8 +401,8 @@ def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
 
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
     """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number
-    from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case it
-    is lower-case, and the vocabulary must be so too. Raises DataError."""
+    from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case
+    it is lower-case, and the vocabulary must be so too. Raises DataError."""
     path = Path(folder) / "vocab.txt"
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
@@ -422,7 +423,7 @@ def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
 
 
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
-    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer again."""
+    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     write_whole(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
     rules = tokenizer.normalizer

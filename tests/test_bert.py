@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert import Bert, BertConfig, Dropout, Layer, WeightsError, convert_names, load_bert, name_table, read_config
+from bert import (Bert, BertConfig, Dropout, Layer, WeightsError, convert_names, load_bert,
+                  name_table, read_config)
 
 FIXTURE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()}
 CONFIG = {name.removeprefix("config/"): value.item() for name, value in FIXTURE.items() if name.startswith("config/")}
@@ -76,7 +77,7 @@ def test_every_tensor_is_accounted_for(tmp_path):
     (lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"), "no PyTorch file"),
     (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"model_type": "roberta"})), "roberta"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is no whole number"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is no whole"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 0})), "num_attention_heads 0"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"layer_norm_eps": None})), "layer_norm_eps None"),
 ])
@@ -94,14 +95,16 @@ SPOILT = WEIGHTS[KEY].clone().index_fill_(0, torch.tensor([3]), torch.nan)
 @pytest.mark.parametrize("value, word", [
     (WEIGHTS[KEY].to(torch.int8), "torch.int8"), (WEIGHTS[KEY] > 0, "torch.bool"),
     (WEIGHTS[KEY].to(torch.complex64), "torch.complex64"), (WEIGHTS[KEY].to_sparse(), "sparse"),
-    (WEIGHTS[KEY].to("meta"), "meta device"), (WEIGHTS[KEY].tolist(), "list"), (np.float32(1), "float32"),
-    (None, "NoneType"), (SPOILT, "NaN"), (WEIGHTS[KEY].double() * 1e300, "infinite")])
+    (WEIGHTS[KEY].to("meta"), "meta device"), (WEIGHTS[KEY].tolist(), "list"),
+    (np.float32(1), "float32"), (None, "NoneType"), (SPOILT, "NaN"),
+    (WEIGHTS[KEY].double() * 1e300, "infinite")])
 def test_tensors_of_other_kinds_are_refused_by_name(value, word):
     bert = Bert(BertConfig(**CONFIG))
     with pytest.raises(WeightsError, match=f"the tensor {KEY} .*{word}") as caught:
         convert_names(WEIGHTS | {KEY: value}, bert)
     assert "\n" not in str(caught.value) and "download" not in str(caught.value)
-    others = {"classifier.weight": value, "qa_outputs.bias": value, "bert.dropout.x": value, "bert.pooler.x": value}
+    others = {"classifier.weight": value, "qa_outputs.bias": value, "bert.dropout.x": value,
+              "bert.pooler.x": value}
     assert set(convert_names(WEIGHTS | others, bert)) == set(bert.state_dict())
 
 
@@ -124,12 +127,15 @@ def test_sharded_weights_are_told(tmp_path, index):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("is_decoder", True), ("add_cross_attention", True), ("num_hidden_layers", 1001), ("vocab_size", 10**7 + 1),
-    ("hidden_size", 10**400), ("num_hidden_layers", True), ("layer_norm_eps", True), ("layer_norm_eps", float("nan")),
-    ("layer_norm_eps", 1.5), ("layer_norm_eps", -1e-12), ("layer_norm_eps", float("inf")), ("hidden_dropout_prob", 1),
-    ("attention_probs_dropout_prob", 1.0), ("hidden_dropout_prob", -0.1), ("hidden_dropout_prob", float("nan")),
-    ("initializer_range", -0.02), ("initializer_range", float("nan")), ("initializer_range", float("inf")),
-    ("initializer_range", 10**400), ("type_vocab_size", 2.0), ("vocab_size", None)])
+    ("is_decoder", True), ("add_cross_attention", True),
+    ("num_hidden_layers", 1001), ("num_hidden_layers", True), ("vocab_size", 10**7 + 1),
+    ("vocab_size", None), ("hidden_size", 10**400), ("type_vocab_size", 2.0),
+    ("layer_norm_eps", True), ("layer_norm_eps", float("nan")), ("layer_norm_eps", 1.5),
+    ("layer_norm_eps", -1e-12), ("layer_norm_eps", float("inf")),
+    ("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1.0),
+    ("hidden_dropout_prob", -0.1), ("hidden_dropout_prob", float("nan")),
+    ("initializer_range", -0.02), ("initializer_range", float("nan")),
+    ("initializer_range", float("inf")), ("initializer_range", 10**400)])
 def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: value}))
     with pytest.raises(WeightsError) as caught:
@@ -139,7 +145,8 @@ def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
 
 
 def test_configs_in_range_are_taken(tmp_path):
-    values = CONFIG | {"is_decoder": False, "add_cross_attention": None, "hidden_dropout_prob": 0, "initializer_range": 0}
+    values = CONFIG | {"is_decoder": False, "add_cross_attention": None, "hidden_dropout_prob": 0,
+                       "initializer_range": 0}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path).hidden_dropout_prob == 0
 

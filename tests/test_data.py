@@ -133,12 +133,14 @@ def test_rows_with_too_many_fields_shift_nothing(tmp_path, capsys):
     assert "train.tsv: left out 2 rows that have too many fields (line 3, 4)" in first
     assert "train.tsv: left out 1 rows that lack fields (line 5)" in second
     rte_folder(tmp_path, RTE + "0\ta\tb\tc\tentailment\n")
-    fails(lambda: data.load_task("rte", tmp_path), "no examples", "1 rows that have too many fields")
+    fails(lambda: data.load_task("rte", tmp_path),
+          "holds no examples, left out 1 rows that have too many")
 
 
 def test_mnli_rows_without_a_gold_label_are_left_out(tmp_path, capsys):
     for split in ("train", "dev_matched", "dev_mismatched"):
-        write(tmp_path / f"{split}.tsv", "sentence1\tsentence2\tgold_label\na\tb\t-\nc\td\tneutral\n")
+        write(tmp_path / f"{split}.tsv",
+              "sentence1\tsentence2\tgold_label\na\tb\t-\nc\td\tneutral\n")
     assert data.load_task("mnli", tmp_path)["train"].texts == [("c", "d")]
     assert "train.tsv: left out 1 rows that have no gold label (line 2)" in capsys.readouterr().err
     rte_folder(tmp_path, RTE + "0\ta\tb\t-\n")
@@ -192,7 +194,8 @@ def test_hold_out_is_stratified_disjoint_and_reproducible():
     assert data.hold_out(split, 0.2, seed=6)[1].levels != held.levels
     assert len(data.hold_out(split, 0.0)[1]) == 0
     fails(lambda: data.hold_out(split, 1.5), "1.5")
-    fails(lambda: data.hold_out(split.select([0, 99]), 0.9), "nothing is left to train on: ", "0.9", "all 2")
+    fails(lambda: data.hold_out(split.select([0, 99]), 0.9),
+          "nothing is left to train on: ", "0.9", "all 2")
     fails(lambda: data.hold_out(split.select([]), 0.0), "nothing is left to train on: ")
 
 
@@ -396,14 +399,15 @@ def test_zip_that_leads_out_of_its_folder_does_not(server, tmp_path, member):
 
 
 def test_zip_member_of_a_huge_declared_size_is_refused(tmp_path, monkeypatch):
-    """The size in the zip's directory is set to just under 4 GiB, the most that its 32 bits can say."""
+    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say."""
     whole = bytearray(zipped(**WHOLE))
-    size = whole.rindex(b"RTE/train.tsv") - 22                          # where the directory's entry has it
+    size = whole.rindex(b"RTE/train.tsv") - 22          # where the directory's entry has it
     whole[size:size + 4] = b"\xfe\xff\xff\xff"
     archive = write(tmp_path / "glue" / "RTE.zip", bytes(whole))
     assert data.LARGEST == 2**32
     monkeypatch.setattr(data, "LARGEST", 2**31)
-    fails(lambda: data.load_task("rte", cache=tmp_path), str(archive), "RTE/train.tsv", "more than 2 GiB", "remove it")
+    fails(lambda: data.load_task("rte", cache=tmp_path),
+          str(archive), "RTE/train.tsv", "more than 2 GiB", "remove it")
 
 
 def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
@@ -509,7 +513,7 @@ def config(folder: Path, name: str = "tokenizer_config.json", **values) -> None:
     write(folder / name, json.dumps(values))
 
 
-MIXED = "Caf\u00e9 \u4e2d\u56fd A"                                       # capitals, an accent, two Chinese characters
+MIXED = "Caf\u00e9 \u4e2d\u56fd A"                   # capitals, an accent, two Chinese characters
 WORDS = ("Caf\u00e9", "Cafe", "caf\u00e9", "cafe", "\u4e2d", "\u56fd", "\u4e2d\u56fd", "A", "a")
 
 
@@ -526,11 +530,11 @@ def test_tokenizer_settings_are_obeyed_and_written(tmp_path, lower, strip, chine
     assert tokenizer.encode(MIXED).tokens[1:-1] == expected
     data.write_vocabulary(tokenizer, tmp_path / "again")
     assert data.load_tokenizer(tmp_path / "again").encode(MIXED).tokens[1:-1] == expected
-    (tmp_path / "tokenizer_config.json").unlink()                       # the same from tokenizer.json alone
+    (tmp_path / "tokenizer_config.json").unlink()       # the same from tokenizer.json alone
     config(tmp_path, "tokenizer.json", normalizer={"type": "BertNormalizer", "lowercase": lower,
            "strip_accents": strip, "handle_chinese_chars": chinese})
     assert data.load_tokenizer(tmp_path).encode(MIXED).tokens[1:-1] == expected
-    config(tmp_path, do_lower_case=not lower)                           # which loses against the other
+    config(tmp_path, do_lower_case=not lower)           # which loses against the other
     assert (data.load_tokenizer(tmp_path).encode("A").tokens[1] == "A") == lower
 
 
@@ -543,10 +547,12 @@ def test_tokenizer_settings_that_cannot_be_obeyed(tmp_path):
     fails(load, "do_lower_case")
     vocabulary(tmp_path, "a", "[unused1]", "[MASK]")
     assert load().encode("A").tokens[1] == "a"
-    config(tmp_path, unk_token="<unk>", cls_token={"content": "[CLS]"}, sep_token={"content": "</s>"})
+    config(tmp_path, unk_token="<unk>", cls_token={"content": "[CLS]"},
+           sep_token={"content": "</s>"})
     message = fails(load, "tokenizer_config.json", "unk_token '<unk>'", "sep_token '</s>'")
     assert "cls_token" not in message
-    for name, value in (("strip_accents", "no"), ("tokenize_chinese_chars", None), ("do_lower_case", 1)):
+    for name, value in (("strip_accents", "no"), ("tokenize_chinese_chars", None),
+                        ("do_lower_case", 1)):
         config(tmp_path, **{name: value})
         fails(load, "tokenizer_config.json", name, str(value))
     config(tmp_path)
