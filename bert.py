@@ -28,6 +28,10 @@ class WeightsError(ValueError):
     """A weights folder that cannot be used; the message is one line that says why and what to do."""
 
 
+# What a number in config.json may be: from, to. Others that are whole: 1 to 10^7, the rest 0 to 1.
+LIMITS = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 1000)}
+
+
 @dataclass
 class BertConfig:
     """The shape of a BERT, under the names of Hugging Face's config.json. The defaults are bert-base-uncased's."""
@@ -46,9 +50,16 @@ class BertConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kinds = getattr(self, field.name), int if field.type is int else (int, float)
-            if not isinstance(value, kinds) or field.type is int and value < 1:
-                raise WeightsError(f"{field.name} {value!r} is no {'whole ' * (field.type is int)}number that a BERT can have")
+            value, whole = getattr(self, field.name), field.type is int
+            low, high = LIMITS.get(field.name, (1, 10**7) if whole else (0, 1))
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise WeightsError(f"{field.name} {value!r:.60} is no {'whole ' * whole}number: "
+                                   f"correct config.json, or download it again")
+            below = field.name.endswith("_prob")        # dropout of 1 would leave nothing
+            if not low <= value <= high or below and value == high:                     # NaN too
+                raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to "
+                                   f"{'below ' * below}{high}: correct config.json, "
+                                   f"or download it again")
         if self.hidden_size % self.num_attention_heads:
             raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
@@ -170,8 +181,9 @@ LAYER_PARTS = {
 }
 EMBEDDING_PARTS = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings",
                    "norm": "LayerNorm"}
-# In a file for pre-training but not in the encoder: the pooler, the heads, and a buffer that counts 0 1 2 ...
-IGNORED = ("pooler.", "cls.", "embeddings.position_ids")
+# In a file for pre-training or a task, but not in the encoder: the pooler, the heads, and a buffer
+# that counts 0 1 2 ...
+IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids")
 
 
 def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
@@ -185,18 +197,37 @@ def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def unusable(tensor) -> str | None:
+    """Why this is no tensor of weights, or None where it is one."""
+    if not isinstance(tensor, Tensor):
+        return f"is no tensor but of type {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "is on the meta device, without values"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "is sparse or nested"
+    return None if tensor.is_floating_point() else f"is of {tensor.dtype}, not floating point"
+
+
 def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
     """A file's tensors -> a state dict for this encoder, in fp32.
 
-    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias. Raises WeightsError
-    naming the tensor that is missing, of another shape, or that no part of the encoder would use.
+    Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias.
+    Raises WeightsError naming the tensor that is missing, of another shape or kind, not finite,
+    there twice, or that no part of the encoder would use.
     """
     found = {}
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise WeightsError(f"the weights hold {name!r:.60} in place of a tensor's name: "
+                               f"save a model's state_dict() instead")
         name = name.removeprefix("bert.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith(IGNORED):
-            found[name] = tensor
+        if name.startswith(IGNORED):
+            continue
+        if name in found:
+            raise WeightsError(f"the weights hold the tensor {name} twice, under two names: "
+                               f"save them with one")
+        found[name] = tensor
     state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
     for ours, theirs in name_table(bert.config).items():
         shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])                     # of each part
@@ -204,9 +235,17 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
             if name not in found:
                 raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
                                    f"{bert.config.num_hidden_layers} layers, as config.json says")
+            why = unusable(found[name])
+            if why:
+                raise WeightsError(f"the tensor {name} {why}: "
+                                   f"save the weights as plain fp32 tensors")
             if found[name].shape != shape:
                 raise WeightsError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
-        state[ours] = torch.cat([found.pop(name).float() for name in theirs])
+            found[name] = found[name].float()
+            if not found[name].isfinite().all():
+                raise WeightsError(f"the tensor {name} holds NaN or infinite values: "
+                                   f"use weights whose training did not diverge")
+        state[ours] = torch.cat([found.pop(name) for name in theirs])
     if found:
         raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
     return state
@@ -229,6 +268,10 @@ def read_config(folder: Path) -> BertConfig:
         raise WeightsError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise WeightsError(f"{path}: only absolute position embeddings are known")
+    for name in ("is_decoder", "add_cross_attention"):
+        if values.get(name):
+            raise WeightsError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an "
+                               f"encoder: use the weights of one")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
 
@@ -251,6 +294,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return read_file(path, "remove it and download it again")
     path = folder / "model.safetensors"
     if not path.is_file():
+        for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+            if (folder / index).is_file():
+                raise WeightsError(f"{folder} holds sharded weights ({index}): save them "
+                                   f"as one file, pytorch_model.bin or model.safetensors")
         raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
     try:
         from safetensors import SafetensorError

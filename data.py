@@ -37,6 +37,7 @@ except ImportError:         # Windows
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 HUB_URL = "https://huggingface.co/"
+LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
 
 
 class DataError(ValueError):
@@ -140,33 +141,51 @@ def read_lines(path: Path, advice: str) -> list[str]:
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
+def quote(cell: str) -> str:
+    """A cell for an error message: in quotes, at most 60 characters of it."""
+    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+
+
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file; without split.tsv, split.partial.tsv. Rows that lack fields are left out, counted and named on
-    stderr; a label the task does not know, a missing column and a file without examples raise DataError."""
+    """One tsv file; without split.tsv, split.partial.tsv.
+
+    Rows with more or fewer fields than the header, and MNLI's without a gold label, are left out,
+    counted and named on stderr. A label the task does not know, a column that is missing or there
+    twice and a file without examples raise DataError.
+    """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
     advice = f"put {task.folder}'s {split}.tsv there"
     lines = read_lines(path, advice)
     header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
+    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
     wanted = set(task.columns) - {None}
     if not wanted <= set(header):
         raise DataError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
-    texts, labels, short = [], [], []
+    texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
     for number, line in enumerate(lines, first):
-        cells = dict(zip(header, line.split("\t")))     # no quoting: a " is a character like any other
-        if wanted - cells.keys():
-            short.append(number)
+        cells = line.split("\t")                    # no quoting: a " is a character like any other
+        if len(cells) != len(header):
+            why = "lack fields" if len(cells) < len(header) else "have too many fields"
+            left_out.setdefault(why, []).append(number)
             continue
-        text, second, label = (cells.get(column) for column in task.columns)
+        text, second, label = map(dict(zip(header, cells)).get, task.columns)
+        if task.name == "mnli" and label == "-":        # its annotators did not agree
+            left_out.setdefault("have no gold label", []).append(number)
+            continue
         if label not in task.labels:
-            raise DataError(f"{path}, line {number}: label {label!r} is none of {', '.join(task.labels)}: {advice}")
+            raise DataError(f"{path}, line {number}: label {quote(label)} is none of "
+                            f"{', '.join(task.labels)}: {advice}")
         texts.append((text, second))
         labels.append(task.labels.index(label))
+    notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
+             f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
     if not labels:
-        raise DataError(f"{path} holds no examples: {advice}")
-    if short:
-        print(f"{path}: left out {len(short)} rows that lack fields (line {', '.join(map(str, short[:5]))}"
-              f"{', ...' if len(short) > 5 else ''})", file=sys.stderr)
+        raise DataError(f"{path} holds {', '.join(['no examples', *notes])}: {advice}")
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
 
 
@@ -178,6 +197,9 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
+    if len(held) == len(split):
+        raise DataError(f"nothing is left to train on: a share of {share} holds out all "
+                        f"{len(split)} examples, use a smaller share or more examples")
     return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
 
@@ -279,6 +301,11 @@ def unpack(task: Task, folder: Path) -> None:
     download(GLUE_URL + task.archive, archive)
     try:
         with zipfile.ZipFile(archive) as files:         # only these are read, wherever other names in the zip may lead
+            for name in (f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)):
+                if files.getinfo(name).file_size > LARGEST:
+                    raise DataError(f"{archive} is not GLUE's ({name} would unpack to more than "
+                                    f"{LARGEST / 2**30:g} GiB): remove it and run again to "
+                                    f"download it")
             tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
     except KeyError as error:
         raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
@@ -329,31 +356,80 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
 
 # --- Tokens and batches -----------------------------------------------------------------------------------------------
 
+SPECIALS = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, {} where there is no file. Raises DataError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if isinstance(value, dict):
+            return value
+    except (ValueError, OSError, RecursionError):
+        pass
+    raise DataError(f"{path} is not a JSON object: remove it and download it again")
+
+
+def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
+    """do_lower_case, strip_accents and tokenize_chinese_chars, those that tokenizer_config.json
+    states, or else the normalizer in tokenizer.json. Raises DataError."""
+    path, other = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    config, names = read_object(path), {
+        "do_lower_case": "lowercase", "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars"}
+    odd = []
+    for name, usual in SPECIALS.items():
+        token = config.get(name, usual)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token != usual:
+            odd.append(f"{name} {quote(str(token))}")
+    if odd:
+        raise DataError(f"{path} names special tokens that are not BERT's, {', '.join(odd)}: "
+                        f"use weights with {', '.join(SPECIALS.values())}")
+    stated = {name: (path, name, config[name]) for name in names if name in config}
+    if len(stated) < len(names):
+        block = read_object(other).get("normalizer")
+        if isinstance(block, dict) and block.get("type") == "BertNormalizer":
+            stated = {ours: (other, theirs, block[theirs]) for ours, theirs in names.items()
+                      if theirs in block} | stated
+    for ours, (file, name, value) in stated.items():
+        if not isinstance(value, bool) and not (ours == "strip_accents" and value is None):
+            raise DataError(f"{file}: {name} is {quote(str(value))}, not true or false: "
+                            f"correct it, or download the file again")
+    return {ours: value for ours, (_, _, value) in stated.items()}
+
+
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number from 0); lower-case
-    unless tokenizer_config.json there says do_lower_case false. Raises DataError."""
-    path, config = Path(folder) / "vocab.txt", Path(folder) / "tokenizer_config.json"
+    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number
+    from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case
+    it is lower-case, and the vocabulary must be so too. Raises DataError."""
+    path = Path(folder) / "vocab.txt"
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
         raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
     if len(set(words)) < len(words):
         raise DataError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
-    try:
-        lower = not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True)
-        if not isinstance(lower, bool):
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise DataError(f"{config} is not JSON that says true or false to do_lower_case: download it again, or remove it for "
-                        f"lower-case weights")
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=lower)
+    stated = tokenizer_settings(Path(folder))
+    capital = next((word for word in words if word != word.lower()
+                    and not (word.startswith("[") and word.endswith("]"))), None)
+    if capital is not None and "do_lower_case" not in stated:
+        raise DataError(f"{path} has upper-case words such as {quote(capital)}: put a "
+                        f"tokenizer_config.json beside it with do_lower_case true or false")
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)},
+                                  lowercase=stated.get("do_lower_case", True),
+                                  strip_accents=stated.get("strip_accents"),
+                                  handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
 
 
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
-    """vocab.txt and the case setting, so that `load_tokenizer(folder)` gives the same tokenizer again."""
+    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     write_whole(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
-    write_json(Path(folder) / "tokenizer_config.json", {"do_lower_case": tokenizer.normalizer.lowercase})
+    rules = tokenizer.normalizer
+    write_json(Path(folder) / "tokenizer_config.json", {
+        "do_lower_case": rules.lowercase, "strip_accents": rules.strip_accents,
+        "tokenize_chinese_chars": rules.handle_chinese_chars})
 
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert import Bert, BertConfig, Dropout, Layer, WeightsError, load_bert, name_table
+from bert import (Bert, BertConfig, Dropout, Layer, WeightsError, convert_names, load_bert,
+                  name_table, read_config)
 
 FIXTURE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()}
 CONFIG = {name.removeprefix("config/"): value.item() for name, value in FIXTURE.items() if name.startswith("config/")}
@@ -85,6 +86,69 @@ def test_folders_that_cannot_be_used(tmp_path, spoil, word):
     with pytest.raises(WeightsError, match=word) as caught:
         load_bert(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+KEY = "encoder.layer.1.attention.self.key.weight"
+SPOILT = WEIGHTS[KEY].clone().index_fill_(0, torch.tensor([3]), torch.nan)
+
+
+@pytest.mark.parametrize("value, word", [
+    (WEIGHTS[KEY].to(torch.int8), "torch.int8"), (WEIGHTS[KEY] > 0, "torch.bool"),
+    (WEIGHTS[KEY].to(torch.complex64), "torch.complex64"), (WEIGHTS[KEY].to_sparse(), "sparse"),
+    (WEIGHTS[KEY].to("meta"), "meta device"), (WEIGHTS[KEY].tolist(), "list"),
+    (np.float32(1), "float32"), (None, "NoneType"), (SPOILT, "NaN"),
+    (WEIGHTS[KEY].double() * 1e300, "infinite")])
+def test_tensors_of_other_kinds_are_refused_by_name(value, word):
+    bert = Bert(BertConfig(**CONFIG))
+    with pytest.raises(WeightsError, match=f"the tensor {KEY} .*{word}") as caught:
+        convert_names(WEIGHTS | {KEY: value}, bert)
+    assert "\n" not in str(caught.value) and "download" not in str(caught.value)
+    others = {"classifier.weight": value, "qa_outputs.bias": value, "bert.dropout.x": value,
+              "bert.pooler.x": value}
+    assert set(convert_names(WEIGHTS | others, bert)) == set(bert.state_dict())
+
+
+@pytest.mark.parametrize("extra, word", [
+    ({"bert." + KEY: WEIGHTS[KEY]}, f"{KEY} twice"), ({7: WEIGHTS[KEY]}, "7 in place"),
+    ({"embeddings.LayerNorm.gamma": torch.ones(20)}, "embeddings.LayerNorm.weight twice")])
+def test_names_that_are_in_doubt(extra, word):
+    with pytest.raises(WeightsError, match=word):
+        convert_names(WEIGHTS | extra, Bert(BertConfig(**CONFIG)))
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_sharded_weights_are_told(tmp_path, index):
+    assert load_bert(folder(tmp_path))                      # where there is one file, it is read
+    (tmp_path / index).write_text("{}")
+    assert load_bert(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(WeightsError, match=f"{index}.*one file"):
+        load_bert(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("is_decoder", True), ("add_cross_attention", True),
+    ("num_hidden_layers", 1001), ("num_hidden_layers", True), ("vocab_size", 10**7 + 1),
+    ("vocab_size", None), ("hidden_size", 10**400), ("type_vocab_size", 2.0),
+    ("layer_norm_eps", True), ("layer_norm_eps", float("nan")), ("layer_norm_eps", 1.5),
+    ("layer_norm_eps", -1e-12), ("layer_norm_eps", float("inf")),
+    ("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1.0),
+    ("hidden_dropout_prob", -0.1), ("hidden_dropout_prob", float("nan")),
+    ("initializer_range", -0.02), ("initializer_range", float("nan")),
+    ("initializer_range", float("inf")), ("initializer_range", 10**400)])
+def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: value}))
+    with pytest.raises(WeightsError) as caught:
+        read_config(tmp_path)
+    assert f"{name} " in str(caught.value) and repr(value)[:60] in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_configs_in_range_are_taken(tmp_path):
+    values = CONFIG | {"is_decoder": False, "add_cross_attention": None, "hidden_dropout_prob": 0,
+                       "initializer_range": 0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).hidden_dropout_prob == 0
 
 
 def test_safetensors_without_the_package(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@
 """
 
 import io
+import json
 import os
 import threading
 import time
@@ -124,6 +125,36 @@ def test_rows_that_lack_fields_are_counted_and_named(tmp_path, capsys):
     assert warning.count("\n") == 1 and "train.tsv: left out 7 rows" in warning and "3, 4, 6, 7, 8, ..." in warning
 
 
+def test_rows_with_too_many_fields_shift_nothing(tmp_path, capsys):
+    rte_folder(tmp_path, RTE + "0\ta\tb\tentailment\n1\ta\tb\tc\tentailment\n"
+               "2\ta\tb\tentailment\tnot_entailment\n3\ta\tb\n")
+    assert data.load_task("rte", tmp_path)["train"].texts == [("a", "b")]
+    first, second = capsys.readouterr().err.splitlines()
+    assert "train.tsv: left out 2 rows that have too many fields (line 3, 4)" in first
+    assert "train.tsv: left out 1 rows that lack fields (line 5)" in second
+    rte_folder(tmp_path, RTE + "0\ta\tb\tc\tentailment\n")
+    fails(lambda: data.load_task("rte", tmp_path),
+          "holds no examples, left out 1 rows that have too many")
+
+
+def test_mnli_rows_without_a_gold_label_are_left_out(tmp_path, capsys):
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        write(tmp_path / f"{split}.tsv",
+              "sentence1\tsentence2\tgold_label\na\tb\t-\nc\td\tneutral\n")
+    assert data.load_task("mnli", tmp_path)["train"].texts == [("c", "d")]
+    assert "train.tsv: left out 1 rows that have no gold label (line 2)" in capsys.readouterr().err
+    rte_folder(tmp_path, RTE + "0\ta\tb\t-\n")
+    fails(lambda: data.load_task("rte", tmp_path), "label '-' is none of")
+
+
+def test_headers_with_a_column_twice_and_long_cells(tmp_path):
+    rte_folder(tmp_path, "label\tsentence1\tsentence2\tlabel\nentailment\ta\tb\tentailment\n")
+    fails(lambda: data.load_task("rte", tmp_path), "train.tsv", "column 'label' twice")
+    rte_folder(tmp_path, RTE + "0\ta\tb\t" + "x" * 5000 + "\n")
+    message = fails(lambda: data.load_task("rte", tmp_path), "line 2", "'" + "x" * 57 + "...'")
+    assert "x" * 58 not in message
+
+
 def test_files_that_cannot_be_used(tmp_path):
     def load():
         return data.load_task("rte", tmp_path)
@@ -163,6 +194,9 @@ def test_hold_out_is_stratified_disjoint_and_reproducible():
     assert data.hold_out(split, 0.2, seed=6)[1].levels != held.levels
     assert len(data.hold_out(split, 0.0)[1]) == 0
     fails(lambda: data.hold_out(split, 1.5), "1.5")
+    fails(lambda: data.hold_out(split.select([0, 99]), 0.9),
+          "nothing is left to train on: ", "0.9", "all 2")
+    fails(lambda: data.hold_out(split.select([]), 0.0), "nothing is left to train on: ")
 
 
 @needs_shared
@@ -364,6 +398,18 @@ def test_zip_that_leads_out_of_its_folder_does_not(server, tmp_path, member):
     assert not Path("/tmp/smartbert-evil.tsv").exists()
 
 
+def test_zip_member_of_a_huge_declared_size_is_refused(tmp_path, monkeypatch):
+    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say."""
+    whole = bytearray(zipped(**WHOLE))
+    size = whole.rindex(b"RTE/train.tsv") - 22          # where the directory's entry has it
+    whole[size:size + 4] = b"\xfe\xff\xff\xff"
+    archive = write(tmp_path / "glue" / "RTE.zip", bytes(whole))
+    assert data.LARGEST == 2**32
+    monkeypatch.setattr(data, "LARGEST", 2**31)
+    fails(lambda: data.load_task("rte", cache=tmp_path),
+          str(archive), "RTE/train.tsv", "more than 2 GiB", "remove it")
+
+
 def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
     archive = write(tmp_path / "glue" / "RTE.zip", zipped(**{"WNLI/train.tsv": "x"}))
     fails(lambda: data.load_task("rte", cache=tmp_path), "RTE.zip", "RTE/train.tsv")
@@ -452,6 +498,7 @@ def vocabulary(folder: Path, *words: str) -> Path:
 
 
 def test_word_pieces_and_case(tmp_path):
+    write(tmp_path / "tokenizer_config.json", '{"do_lower_case": true}')
     vocabulary(tmp_path, "a", "un", "##able", "##aff", "A")
     tokens = data.load_tokenizer(tmp_path).encode("A unaffable \u00e0 zz").tokens
     assert tokens == ["[CLS]", "a", "un", "##aff", "##able", "a", "[UNK]", "[SEP]"]
@@ -460,6 +507,57 @@ def test_word_pieces_and_case(tmp_path):
     for content in ('{"do_lower', "[]", '{"do_lower_case": "false"}'):
         write(tmp_path / "tokenizer_config.json", content)
         fails(lambda: data.load_tokenizer(tmp_path), "tokenizer_config.json")
+
+
+def config(folder: Path, name: str = "tokenizer_config.json", **values) -> None:
+    write(folder / name, json.dumps(values))
+
+
+MIXED = "Caf\u00e9 \u4e2d\u56fd A"                   # capitals, an accent, two Chinese characters
+WORDS = ("Caf\u00e9", "Cafe", "caf\u00e9", "cafe", "\u4e2d", "\u56fd", "\u4e2d\u56fd", "A", "a")
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("strip", [None, True, False])
+@pytest.mark.parametrize("chinese", [True, False])
+def test_tokenizer_settings_are_obeyed_and_written(tmp_path, lower, strip, chinese):
+    vocabulary(tmp_path, *WORDS)
+    config(tmp_path, do_lower_case=lower, strip_accents=strip, tokenize_chinese_chars=chinese)
+    tokenizer = data.load_tokenizer(tmp_path)
+    accent = "e" if strip or strip is None and lower else "\u00e9"
+    expected = [("caf" if lower else "Caf") + accent,
+                *(["\u4e2d", "\u56fd"] if chinese else ["\u4e2d\u56fd"]), "a" if lower else "A"]
+    assert tokenizer.encode(MIXED).tokens[1:-1] == expected
+    data.write_vocabulary(tokenizer, tmp_path / "again")
+    assert data.load_tokenizer(tmp_path / "again").encode(MIXED).tokens[1:-1] == expected
+    (tmp_path / "tokenizer_config.json").unlink()       # the same from tokenizer.json alone
+    config(tmp_path, "tokenizer.json", normalizer={"type": "BertNormalizer", "lowercase": lower,
+           "strip_accents": strip, "handle_chinese_chars": chinese})
+    assert data.load_tokenizer(tmp_path).encode(MIXED).tokens[1:-1] == expected
+    config(tmp_path, do_lower_case=not lower)           # which loses against the other
+    assert (data.load_tokenizer(tmp_path).encode("A").tokens[1] == "A") == lower
+
+
+def test_tokenizer_settings_that_cannot_be_obeyed(tmp_path):
+    def load():
+        return data.load_tokenizer(tmp_path)
+    vocabulary(tmp_path, "a", "A", "[unused1]")
+    fails(load, "vocab.txt", "'A'", "tokenizer_config.json", "do_lower_case")
+    config(tmp_path, "tokenizer.json", normalizer=None)
+    fails(load, "do_lower_case")
+    vocabulary(tmp_path, "a", "[unused1]", "[MASK]")
+    assert load().encode("A").tokens[1] == "a"
+    config(tmp_path, unk_token="<unk>", cls_token={"content": "[CLS]"},
+           sep_token={"content": "</s>"})
+    message = fails(load, "tokenizer_config.json", "unk_token '<unk>'", "sep_token '</s>'")
+    assert "cls_token" not in message
+    for name, value in (("strip_accents", "no"), ("tokenize_chinese_chars", None),
+                        ("do_lower_case", 1)):
+        config(tmp_path, **{name: value})
+        fails(load, "tokenizer_config.json", name, str(value))
+    config(tmp_path)
+    write(tmp_path / "tokenizer.json", "{")
+    fails(load, "tokenizer.json is not a JSON object")
 
 
 def test_vocabularies_that_cannot_be_used(tmp_path):
