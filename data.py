@@ -11,6 +11,7 @@ Dimensions: B examples of a batch, S tokens of its longest. A DataError carries 
 """
 
 import difflib
+import hashlib
 import json
 import os
 import random
@@ -189,10 +190,23 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     return Split(texts, labels, partial=path == part)
 
 
+MOST_HELD = 2000        # rows that judge epochs and thresholds as well as more would, and cost less
+
+
+def digest(split: Split) -> str:
+    """What identifies the examples of a split: SHA-256 of their texts and labels, in their order."""
+    sha = hashlib.sha256()
+    for example in zip(split.texts, split.labels):
+        sha.update(repr(example).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
+
+
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
-    """Part a split in two, both in its order: (the rest, `share` of each class, drawn by seed). Raises DataError."""
+    """Part a split in two, both in its order: (the rest, `share` of each class, drawn by seed; of a large
+    split less, so that about MOST_HELD rows are held out). Raises DataError."""
     if not 0 <= share < 1:
         raise DataError(f"a held-out share of {share} is not in 0..1: use, for example, 0.1")
+    share = min(share, MOST_HELD / max(len(split), 1))
     rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]

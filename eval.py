@@ -378,12 +378,18 @@ def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[Wa
 
 
 def read_splits(arguments: argparse.Namespace, settings: dict, task: Task) -> dict[str, Split]:
-    """The task's splits, encoded as in training; or the user's own examples as its dev set. Raises DataError."""
+    """The task's dev sets and, under "train", the held-out part of its training set, encoded as in training; or the
+    user's own examples as its dev set. Raises DataError, RunError for a training set that is not the run's."""
     own = arguments.trace or arguments.predict is not None
     splits = {task.devs[0]: own_examples(arguments, task)} if own else data.load_task(
         task.name, arguments.data_dir or settings["data_dir"], settings["cache"])
     tokenizer = data.load_tokenizer(arguments.run)
-    splits = {name: data.encode(tokenizer, split, settings["max_length"]) for name, split in splits.items()}
+    if "train" in splits:                               # of which only the held-out part is wanted, as in train.py
+        training = splits["train"].select(range(len(splits["train"]))[:settings["limit"]])
+        splits["train"] = data.hold_out(training, settings["held_out"], settings["seed"])[1]
+        train.check_data(Path(arguments.run), train.identify(training, splits["train"]))
+    splits = {name: data.encode(tokenizer, split, settings["max_length"]) if split else split
+              for name, split in splits.items()}
     unknown = sum(tokenizer.token_to_id("[UNK]") in ids for ids in splits[task.devs[0]].ids) if own else 0
     if unknown:
         print(f"warning: {unknown} of {len(splits[task.devs[0]])} examples hold words that this model has never seen",
@@ -429,8 +435,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
     if (arguments.plot or arguments.criteria) and ways[-1].threshold is None:
         raise RunError(f"{folder} is a plain BERT or had no phase 2: it lacks the exit heads that --plot and --criteria want")
     splits = read_splits(arguments, settings, task)
-    training = splits["train"].select(range(len(splits["train"]))[:settings["limit"]])      # the same part as in train.py
-    held = data.hold_out(training, settings["held_out"], settings["seed"])[1]
+    held = splits["train"]
     dropped = train.OF_A_MACHINE | (set() if settings["method"] == "smartbert" else train.OF_SMARTBERT)
     kept = {key: value for key, value in settings.items() if key not in dropped}
     kept["weights"] = settings["weights"] and Path(settings["weights"]).name

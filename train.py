@@ -166,12 +166,25 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     return torch.optim.AdamW(parameters, fused=True)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether train.py made this folder: by its settings, or where these are damaged by its model."""
+    try:
+        return NEEDED <= json.loads((folder / "settings.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return (folder / "settings.json").is_file() and (
+            (folder / "model.pt").is_file() or (folder / "checkpoint.pt").is_file())
+
+
 def open_folder(settings: Settings) -> Path:
     """The run's folder, ready to be written: new, or one to resume or to start over. Raises RunError."""
     out = Path(os.path.expanduser(settings.out or f"runs/{settings.task}{'' if settings.method == 'smartbert' else '-bert'}"))
     path = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder")
+    files = [file.name for file in out.iterdir() if not file.name.startswith(".")] if out.is_dir() else []
+    if any(not name.endswith(".tmp") for name in files) and not is_run(out):
+        raise RunError(f"--out {out} is not empty and holds no run, but files such as {min(files)}: name a new "
+                       f"folder, so that nothing of yours is lost")
     if path.is_file() and settings.resume:
         try:
             before, now = dict(json.loads(path.read_text())), asdict(settings)
@@ -191,7 +204,7 @@ def open_folder(settings: Settings) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {out} cannot be made ({error.strerror}): name another folder")
-    for pattern in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "eval*.json"):
+    for pattern in ("checkpoint.pt", "phase1.pt", "model.pt", "log.jsonl", "data.json", "eval*.json"):
         for stale in out.glob(pattern):
             stale.unlink()
     data.write_json(path, asdict(settings))
@@ -215,6 +228,26 @@ def load_file(path: Path) -> dict:
     if content.get("version") != VERSION:
         raise RunError(f"{path} was written by another version of this project: train again with --overwrite")
     return content
+
+
+def identify(training: Split, held: Split) -> dict:
+    """What a run remembers of its data, in data.json: digests of the training set (as far as --limit goes) and of the
+    held-out part, and whether the file was a partial one."""
+    return {"train": data.digest(training), "held_out": data.digest(held), "partial": training.partial}
+
+
+def check_data(folder: Path, identity: dict) -> None:
+    """Raises RunError where a run was made from other data than these. An older run, without data.json, passes."""
+    path = folder / "data.json"
+    if not path.is_file():
+        return
+    try:
+        same = json.loads(path.read_text()) == identity
+    except ValueError:
+        raise RunError(f"{path} is damaged: train again with --overwrite")
+    if not same:
+        raise RunError(f"{folder} was trained on another train.tsv than the one that is there now, so the rows it held "
+                       f"out are not known: name the folder of the former one with --data-dir")
 
 
 def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
@@ -321,7 +354,11 @@ def train(settings: Settings) -> Path:
         print(f"warning: nothing is held out, so {judge} picks the epoch that it then judges", file=sys.stderr)
     judged_pools = pools(judged, device)
 
-    out = open_folder(settings)
+    out, identity = open_folder(settings), identify(splits["train"], held)
+    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
+        check_data(out, identity)
+    else:
+        data.write_json(out / "data.json", identity)
     data.write_vocabulary(tokenizer, out)
     if (out / "model.pt").is_file():
         load_run(out, device)                    # or says what is wrong with it

@@ -1,12 +1,14 @@
 """What several test files share: a tiny model of odd sizes, and the folder with real data where there is one."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from bert import Bert, BertConfig
+from bert import Bert, BertConfig, name_table
 from smartbert import SmartBert
 
 torch.set_num_threads(1)                # tiny tensors: a second thread costs more than it gives
@@ -44,3 +46,19 @@ def tiny_batch(seed: int = 0, rows: int = 9, longest: int = 13) -> tuple[torch.T
     lengths = torch.randint(2, longest + 1, (rows,), generator=generator)
     lengths[0] = longest
     return ids, types, torch.arange(longest) < lengths[:, None]
+
+
+def save_tiny_weights(folder: Path) -> Path:
+    """A weights folder in the hub's layout: two layers, 8 wide, an alphabet of word pieces."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789",
+             *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    config = BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=12, max_position_embeddings=24)
+    parts, tensors = Bert(config).state_dict(), {}
+    for ours, theirs in name_table(config).items():
+        tensors |= dict(zip(theirs, (part.clone() for part in parts[ours].chunk(len(theirs)))))
+    folder.mkdir()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder

@@ -182,6 +182,12 @@ def test_partial_files_are_marked_and_never_preferred(tmp_path):
     assert splits["train"].select([0]).partial
 
 
+def test_a_large_split_holds_out_a_bounded_part():
+    rest, held = data.hold_out(Split([("a", None)] * 50_000, [0, 1, 1, 1, 1] * 10_000), 0.1)
+    assert len(held) == 2000 and len(rest) == 48_000
+    assert held.labels.count(0) == 400
+
+
 def test_hold_out_is_stratified_disjoint_and_reproducible():
     labels = [0] * 60 + [1] * 30 + [2] * 10
     split = Split([(f"t{i}", None) for i in range(100)], labels, levels=list(range(100)))

@@ -257,3 +257,36 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(train.main, [*SMALL, "--out", copy, "--resume"], "settings.json", "--overwrite")
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_of_the_users_is_left_alone(tmp_path, refused, more):
+    """Not empty and no run: refused, also with --overwrite, and not a byte in it changes."""
+    for name in "vocab.txt", "settings.json", "eval-notes.json":
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / name).write_text('{"font": 12}')
+    refused(train.main, [*SMALL, *more, "--out", tmp_path / "mine"], "not empty", "new folder")
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == dict.fromkeys(
+        ("vocab.txt", "settings.json", "eval-notes.json"), '{"font": 12}')
+
+
+def test_other_data_than_the_runs_are_noticed(tmp_path, refused):
+    """A row more, another order or another label in train.tsv: neither --resume nor eval.py goes on."""
+    glue = tmp_path / "glue" / "SST-2"
+    glue.mkdir(parents=True)
+    rows = [f"the film number {i} is {'good' if i % 2 else 'bad'}\t{i % 2}" for i in range(40)]
+
+    def write(rows):
+        (glue / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+
+    write(rows)
+    (glue / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[:10]]) + "\n")
+    from conftest import save_tiny_weights
+    arguments = ["--task", "sst2", "--weights", save_tiny_weights(tmp_path / "weights"), "--data-dir", glue.parent,
+                 "--epochs1", "1", "--epochs2", "1", "--max-length", "12", "--device", "cpu", "--out", tmp_path / "run"]
+    train.main([str(argument) for argument in arguments])
+    evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
+    for other in rows + [rows[0]], rows[::-1], [rows[0].replace("\t0", "\t1"), *rows[1:]]:
+        write(other)
+        refused(evaluation.main, [tmp_path / "run", "--device", "cpu"], "another train.tsv", "--data-dir")
+        refused(train.main, [*arguments, "--resume"], "another train.tsv")
+    write(rows)
+    evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
