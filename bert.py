@@ -5,7 +5,7 @@ section 3; Vaswani et al., 2017, section 3). Nothing here knows of gates or exit
 other BERTs is that a layer can be run alone, on whichever rows of a batch want it.
 
     bert = load_bert("path/to/bert-base-uncased")        # config.json, vocab.txt, pytorch_model.bin
-    hiddens = bert(ids, types, mask)                     # [h_0, h_1, ..., h_L], each (B, S, H)
+    hiddens = bert(ids, segment_ids, mask)                     # [h_0, h_1, ..., h_L], each (B, S, H)
 
 Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H), A attention heads, D = H / A, L layers.
 """
@@ -22,10 +22,6 @@ from torch import Tensor, nn
 # Tokens that a layer takes at once on a CPU where no gradient is wanted (evaluation, a frozen encoder): then the (tokens, I)
 # tensor in its middle stays in memory that the processor has just used.
 PIECE = 1024
-
-
-class WeightsError(ValueError):
-    """A weights folder that cannot be used; the message is one line that says why and what to do."""
 
 
 # What a number in config.json may be: from, to. Others that are whole: 1 to 10^7, the rest 0 to 1.
@@ -53,15 +49,15 @@ class BertConfig:
             value, whole = getattr(self, field.name), field.type is int
             low, high = LIMITS.get(field.name, (1, 10**7) if whole else (0, 1))
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise WeightsError(f"{field.name} {value!r:.60} is no {'whole ' * whole}number: "
+                raise ValueError(f"{field.name} {value!r:.60} is no {'whole ' * whole}number: "
                                    f"correct config.json, or download it again")
             below = field.name.endswith("_prob")        # dropout of 1 would leave nothing
             if not low <= value <= high or below and value == high:                     # NaN too
-                raise WeightsError(f"{field.name} {value!r:.60} is out of range, from {low} to "
+                raise ValueError(f"{field.name} {value!r:.60} is out of range, from {low} to "
                                    f"{'below ' * below}{high}: correct config.json, "
                                    f"or download it again")
         if self.hidden_size % self.num_attention_heads:
-            raise WeightsError(f"hidden_size {self.hidden_size} is not a multiple of "
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
                                f"num_attention_heads {self.num_attention_heads}")
 
 
@@ -93,8 +89,8 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, ids: Tensor, types: Tensor) -> Tensor:
-        h = self.word(ids) + self.position.weight[:ids.shape[1]] + self.segment(types)     # (B, S, H)
+    def forward(self, ids: Tensor, segment_ids: Tensor) -> Tensor:
+        h = self.word(ids) + self.position.weight[:ids.shape[1]] + self.segment(segment_ids)     # (B, S, H)
         return self.dropout(self.norm(h))
 
 
@@ -154,9 +150,9 @@ class Bert(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> list[Tensor]:
-        """ids, types (B, S) long, mask (B, S) bool, True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
-        hiddens = [self.embeddings(ids, types)]
+    def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """ids, segment_ids (B, S) long, mask (B, S) bool, True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
+        hiddens = [self.embeddings(ids, segment_ids)]
         mask = mask_or_none(mask)
         for layer in self.layers:
             hiddens.append(layer(hiddens[-1], mask))
@@ -212,20 +208,20 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
     """A file's tensors -> a state dict for this encoder, in fp32.
 
     Accepts names with and without "bert." in front and LayerNorm as gamma/beta or weight/bias.
-    Raises WeightsError naming the tensor that is missing, of another shape or kind, not finite,
+    Raises ValueError naming the tensor that is missing, of another shape or kind, not finite,
     there twice, or that no part of the encoder would use.
     """
     found = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise WeightsError(f"the weights hold {name!r:.60} in place of a tensor's name: "
+            raise ValueError(f"the weights hold {name!r:.60} in place of a tensor's name: "
                                f"save a model's state_dict() instead")
         name = name.removeprefix("bert.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if name.startswith(IGNORED):
             continue
         if name in found:
-            raise WeightsError(f"the weights hold the tensor {name} twice, under two names: "
+            raise ValueError(f"the weights hold the tensor {name} twice, under two names: "
                                f"save them with one")
         found[name] = tensor
     state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
@@ -233,57 +229,57 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
         shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])                     # of each part
         for name in theirs:
             if name not in found:
-                raise WeightsError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
+                raise ValueError(f"the weights lack the tensor {name}: they are not a BERT encoder with "
                                    f"{bert.config.num_hidden_layers} layers, as config.json says")
             why = unusable(found[name])
             if why:
-                raise WeightsError(f"the tensor {name} {why}: "
+                raise ValueError(f"the tensor {name} {why}: "
                                    f"save the weights as plain fp32 tensors")
             if found[name].shape != shape:
-                raise WeightsError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
+                raise ValueError(f"the tensor {name} has shape {tuple(found[name].shape)}, but config.json makes it {shape}")
             found[name] = found[name].float()
             if not found[name].isfinite().all():
-                raise WeightsError(f"the tensor {name} holds NaN or infinite values: "
+                raise ValueError(f"the tensor {name} holds NaN or infinite values: "
                                    f"use weights whose training did not diverge")
         state[ours] = torch.cat([found.pop(name) for name in theirs])
     if found:
-        raise WeightsError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
+        raise ValueError(f"the weights hold a tensor that config.json does not account for: {min(found)}")
     return state
 
 
 def read_config(folder: Path) -> BertConfig:
-    """config.json of a weights folder. Raises WeightsError where it is missing, broken or of another architecture."""
+    """config.json of a weights folder. Raises ValueError where it is missing, broken or of another architecture."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise WeightsError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
+        raise ValueError(f"{path} is not there: a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     except ValueError:
-        raise WeightsError(f"{path} is not JSON: remove it and download it again")
+        raise ValueError(f"{path} is not JSON: remove it and download it again")
     if not isinstance(values, dict):
-        raise WeightsError(f"{path} is not a JSON object: remove it and download it again")
+        raise ValueError(f"{path} is not a JSON object: remove it and download it again")
     if values.get("model_type", "bert") != "bert":
-        raise WeightsError(f"{path}: the weights are of a {values['model_type']!r}, not of a BERT")
+        raise ValueError(f"{path}: the weights are of a {values['model_type']!r}, not of a BERT")
     if values.get("hidden_act", "gelu") != "gelu":
-        raise WeightsError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
+        raise ValueError(f"{path}: hidden_act is {values['hidden_act']!r}, but this BERT knows only 'gelu'")
     if values.get("position_embedding_type", "absolute") != "absolute":
-        raise WeightsError(f"{path}: only absolute position embeddings are known")
+        raise ValueError(f"{path}: only absolute position embeddings are known")
     for name in ("is_decoder", "add_cross_attention"):
         if values.get(name):
-            raise WeightsError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an "
+            raise ValueError(f"{path}: {name} is {values[name]!r:.60}, but this BERT is an "
                                f"encoder: use the weights of one")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
 
 
 def read_file(path: Path, advice: str) -> dict:
-    """What torch.save wrote, without running any code that may stand in it. Raises WeightsError."""
+    """What torch.save wrote, without running any code that may stand in it. Raises ValueError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                   # a damaged file raises nearly anything
-        raise WeightsError(f"{path} is missing, truncated or no PyTorch file: {advice}")
+        raise ValueError(f"{path} is missing, truncated or no PyTorch file: {advice}")
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no table of tensors: {advice}")
+        raise ValueError(f"{path} holds no table of tensors: {advice}")
     return content
 
 
@@ -296,25 +292,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
             if (folder / index).is_file():
-                raise WeightsError(f"{folder} holds sharded weights ({index}): save them "
+                raise ValueError(f"{folder} holds sharded weights ({index}): save them "
                                    f"as one file, pytorch_model.bin or model.safetensors")
-        raise WeightsError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
+        raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise WeightsError(f"{path} needs the package safetensors: pip install safetensors")
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors")
     try:
         return load_file(path)
     except (SafetensorError, OSError):
-        raise WeightsError(f"{path} is truncated or no safetensors file: remove it and download it again")
+        raise ValueError(f"{path} is truncated or no safetensors file: remove it and download it again")
 
 
 def load_bert(folder: str | Path, **changes) -> Bert:
     """A pre-trained encoder from a local folder in the hub's layout, as fp32. changes: other values for its config,
     such as hidden_dropout_prob.
 
-    Raises WeightsError, one line, for a missing or truncated file and for every tensor that is missing, unexpected or
+    Raises ValueError, one line, for a missing or truncated file and for every tensor that is missing, unexpected or
     of another shape than config.json makes it.
     """
     bert = Bert(replace(read_config(Path(folder)), **changes))

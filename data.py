@@ -7,7 +7,7 @@ paper's. Where nothing may be downloaded, load_task("toy") writes sentences of k
     tokenizer = load_tokenizer("path/to/bert-base-uncased")
     for batch in batches(encode(tokenizer, splits["train"]), 32, seed=1): ...
 
-Dimensions: B examples of a batch, S tokens of its longest. A DataError carries one line for the user.
+Dimensions: B examples of a batch, S tokens of its longest. A UserError carries one line for the user.
 """
 
 import difflib
@@ -41,8 +41,11 @@ HUB_URL = "https://huggingface.co/"
 LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
 
 
-class DataError(ValueError):
-    """Data, weights or a name that cannot be used; the message is one line that says what is wrong and what to do."""
+class UserError(ValueError):
+    """What the user can mend: the message is one line that says what is wrong and what to do.
+
+    train.py and eval.py print it and end with status 2.
+    """
 
 
 # --- The tasks --------------------------------------------------------------------------------------------------------
@@ -77,22 +80,22 @@ TASKS = {task.name: task for task in (
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. Raises DataError with the known names, the nearest first."""
+    """The task of that name. Raises UserError with the known names, the nearest first."""
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name.lower(), TASKS, 1, 0.4)
-    raise DataError(f"unknown task {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(TASKS)}")
+    raise UserError(f"unknown task {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(TASKS)}")
 
 
 @dataclass
 class Split:
     """Examples of one split. texts: (text, second text or None); labels: class ids; levels: the toy's difficulty;
-    ids, types: token and segment ids of each example, there once `encode` has run; partial: from a *.partial.tsv."""
+    ids, segment_ids: token and segment ids of each example, there once `encode` has run; partial: from a *.partial.tsv."""
     texts: list[tuple[str, str | None]]
     labels: list[int]
     levels: list[int] | None = None
     ids: list[list[int]] = field(default_factory=list)
-    types: list[list[int]] = field(default_factory=list)
+    segment_ids: list[list[int]] = field(default_factory=list)
     partial: bool = False
 
     def __len__(self) -> int:
@@ -109,7 +112,7 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     """{"train": Split, "dev": Split} ("dev_matched", "dev_mismatched" for mnli), not encoded yet.
 
     data_dir holds GLUE's folders or is the task's own; without it the official files are downloaded into the cache.
-    seed is the toy's. Raises DataError.
+    seed is the toy's. Raises UserError.
     """
     task = find_task(name)
     if name == "toy":
@@ -122,13 +125,13 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
 
     if data_dir is None and not there():
         try:
-            with alone_in(base.parent):
+            with file_lock(base.parent):
                 if not there():                         # or another process has been quicker
                     (unpack if task.archive else assemble_mrpc)(task, folder)
         except OSError as error:
-            raise DataError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
+            raise UserError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
     if not base.is_dir():
-        raise DataError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
+        raise UserError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
     return {split: read_split(task, folder if folder.is_dir() else base, split) for split in splits}
 
 
@@ -138,7 +141,7 @@ def read_lines(path: Path, advice: str) -> list[str]:
     try:
         text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
-        raise DataError(f"{path} is missing, or is not UTF-8 text: {advice}")
+        raise UserError(f"{path} is missing, or is not UTF-8 text: {advice}")
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
@@ -152,7 +155,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
     Rows with more or fewer fields than the header, and MNLI's without a gold label, are left out,
     counted and named on stderr. A label the task does not know, a column that is missing or there
-    twice and a file without examples raise DataError.
+    twice and a file without examples raise UserError.
     """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
@@ -161,10 +164,10 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
     if twice is not None:
-        raise DataError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
+        raise UserError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
     wanted = set(task.columns) - {None}
     if not wanted <= set(header):
-        raise DataError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
+        raise UserError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
     texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
     for number, line in enumerate(lines, first):
         cells = line.split("\t")                    # no quoting: a " is a character like any other
@@ -177,14 +180,14 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
             left_out.setdefault("have no gold label", []).append(number)
             continue
         if label not in task.labels:
-            raise DataError(f"{path}, line {number}: label {quote(label)} is none of "
+            raise UserError(f"{path}, line {number}: label {quote(label)} is none of "
                             f"{', '.join(task.labels)}: {advice}")
         texts.append((text, second))
         labels.append(task.labels.index(label))
     notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
              f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
     if not labels:
-        raise DataError(f"{path} holds {', '.join(['no examples', *notes])}: {advice}")
+        raise UserError(f"{path} holds {', '.join(['no examples', *notes])}: {advice}")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
@@ -203,16 +206,16 @@ def digest(split: Split) -> str:
 
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
     """Part a split in two, both in its order: (the rest, `share` of each class, drawn by seed; of a large
-    split less, so that about MOST_HELD rows are held out). Raises DataError."""
+    split less, so that about MOST_HELD rows are held out). Raises UserError."""
     if not 0 <= share < 1:
-        raise DataError(f"a held-out share of {share} is not in 0..1: use, for example, 0.1")
+        raise UserError(f"a held-out share of {share} is not in 0..1: use, for example, 0.1")
     share = min(share, MOST_HELD / max(len(split), 1))
     rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
     if len(held) == len(split):
-        raise DataError(f"nothing is left to train on: a share of {share} holds out all "
+        raise UserError(f"nothing is left to train on: a share of {share} holds out all "
                         f"{len(split)} examples, use a smaller share or more examples")
     return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
@@ -226,7 +229,7 @@ def cache_dir(folder: str | Path | None = None) -> Path:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def file_lock(folder: Path) -> Iterator[None]:
     """Make a folder and be the only one who fills it: a second process waits here until the first is done (not on
     Windows). Two runs may so be started at once before anything is downloaded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +243,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(handle)                            # and so unlocked
 
 
-def write_whole(path: str | Path, save: Callable) -> None:
+def atomic_write(path: str | Path, save: Callable) -> None:
     """Write a file so that it is there whole or not at all: save(file) to a neighbour, fsync, one atomic rename."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,30 +258,30 @@ def write_whole(path: str | Path, save: Callable) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    atomic_write(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
 def download(url: str, path: Path) -> None:
     """Fetch url to path where it is not there yet, with a progress bar. What has come stays in path.part, from where the
-    next call goes on; the file takes its name only at the size the server gave. Raises DataError, with what to do."""
+    next call goes on; the file takes its name only at the size the server gave. Raises UserError, with what to do."""
     advice = f"run again to go on, or fetch {url} by hand and put it at {path}"
     if path.is_file():
         return
     try:
-        with alone_in(path.parent):
+        with file_lock(path.parent):
             while not path.is_file():
                 fetch(url, path, advice)
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", None)
         reason = f"the server answered {status}" if status else "no connection, or it broke"
-        raise DataError(f"could not download {path.name} ({reason}): {advice}")
+        raise UserError(f"could not download {path.name} ({reason}): {advice}")
     except OSError as error:
-        raise DataError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
+        raise UserError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
 
 
 def fetch(url: str, path: Path, advice: str) -> None:
     """One request of `download`. Returns without a file where what had come before fits nothing that is there: the next
-    starts over. Raises DataError, RequestException, OSError."""
+    starts over. Raises UserError, RequestException, OSError."""
     # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     have, begun = (part.stat().st_size, tag.read_text()) if part.is_file() and tag.is_file() else (0, None)
@@ -304,34 +307,34 @@ def fetch(url: str, path: Path, advice: str) -> None:
             os.fsync(file.fileno())
     size = part.stat().st_size
     if total not in (None, size):
-        raise DataError(f"{path.name} came with {size} of {total} bytes: {advice}")
+        raise UserError(f"{path.name} came with {size} of {total} bytes: {advice}")
     os.replace(part, path)
     tag.unlink(missing_ok=True)
 
 
 def unpack(task: Task, folder: Path) -> None:
-    """The tsv files of GLUE's zip, and nothing else, into folder. Raises DataError for a zip that is not whole."""
+    """The tsv files of GLUE's zip, and nothing else, into folder. Raises UserError for a zip that is not whole."""
     archive = folder.parent / task.archive
     download(GLUE_URL + task.archive, archive)
     try:
         with zipfile.ZipFile(archive) as files:         # only these are read, wherever other names in the zip may lead
             for name in (f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)):
                 if files.getinfo(name).file_size > LARGEST:
-                    raise DataError(f"{archive} is not GLUE's ({name} would unpack to more than "
+                    raise UserError(f"{archive} is not GLUE's ({name} would unpack to more than "
                                     f"{LARGEST / 2**30:g} GiB): remove it and run again to "
                                     f"download it")
             tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
     except KeyError as error:
-        raise DataError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
+        raise UserError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError):
         archive.unlink()
-        raise DataError(f"{archive} was truncated or damaged, and is removed: run again to download it")
+        raise UserError(f"{archive} was truncated or damaged, and is removed: run again to download it")
     for split, table in tables.items():
-        write_whole(folder / f"{split}.tsv", lambda file: file.write(table))
+        atomic_write(folder / f"{split}.tsv", lambda file: file.write(table))
 
 
 def assemble_mrpc(task: Task, folder: Path) -> None:
-    """MRPC's train.tsv and dev.tsv from Microsoft's text: dev is the rows whose pair of ids GLUE lists. Raises DataError."""
+    """MRPC's train.tsv and dev.tsv from Microsoft's text: dev is the rows whose pair of ids GLUE lists. Raises UserError."""
     text, dev_ids = folder.parent / "msr_paraphrase_train.txt", folder.parent / "mrpc_dev_ids.tsv"
     download(SENTEVAL_URL + text.name, text)
     download(GLUE_URL + dev_ids.name, dev_ids)
@@ -341,10 +344,10 @@ def assemble_mrpc(task: Task, folder: Path) -> None:
     listed = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
     lost = listed - rows.keys()
     if lost or not listed:
-        raise DataError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are missing: {advice}")
+        raise UserError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are missing: {advice}")
     for split, chosen in (("train", rows.keys() - listed), ("dev", listed)):
         table = [header] + [line for ids, line in rows.items() if ids in chosen]
-        write_whole(folder / f"{split}.tsv", lambda file: file.write("\n".join(table).encode()))
+        atomic_write(folder / f"{split}.tsv", lambda file: file.write("\n".join(table).encode()))
 
 
 BASE = "google-bert/bert-base-uncased"
@@ -353,13 +356,13 @@ MINIATURES = [f"google/bert_uncased_L-{L}_H-{H}_A-{H // 64}" for L in range(2, 1
 
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     """A folder with config.json, vocab.txt and pytorch_model.bin: `name` itself where it is a folder, else Google's
-    weights of that name on the hub, downloaded into the cache once. Raises DataError."""
+    weights of that name on the hub, downloaded into the cache once. Raises UserError."""
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
     if full is None:
-        raise DataError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
+        raise UserError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
                         f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64); "
                         f"for others put config.json, vocab.txt and pytorch_model.bin into a folder and name that")
     folder = cache_dir(cache) / "weights" / full.replace("/", "--")
@@ -374,19 +377,19 @@ SPECIALS = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file, {} where there is no file. Raises DataError."""
+    """The JSON object in a file, {} where there is no file. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if isinstance(value, dict):
             return value
     except (ValueError, OSError, RecursionError):
         pass
-    raise DataError(f"{path} is not a JSON object: remove it and download it again")
+    raise UserError(f"{path} is not a JSON object: remove it and download it again")
 
 
 def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
     """do_lower_case, strip_accents and tokenize_chinese_chars, those that tokenizer_config.json
-    states, or else the normalizer in tokenizer.json. Raises DataError."""
+    states, or else the normalizer in tokenizer.json. Raises UserError."""
     path, other = folder / "tokenizer_config.json", folder / "tokenizer.json"
     config, names = read_object(path), {
         "do_lower_case": "lowercase", "strip_accents": "strip_accents",
@@ -398,7 +401,7 @@ def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
         if token != usual:
             odd.append(f"{name} {quote(str(token))}")
     if odd:
-        raise DataError(f"{path} names special tokens that are not BERT's, {', '.join(odd)}: "
+        raise UserError(f"{path} names special tokens that are not BERT's, {', '.join(odd)}: "
                         f"use weights with {', '.join(SPECIALS.values())}")
     stated = {name: (path, name, config[name]) for name in names if name in config}
     if len(stated) < len(names):
@@ -408,7 +411,7 @@ def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
                       if theirs in block} | stated
     for ours, (file, name, value) in stated.items():
         if not isinstance(value, bool) and not (ours == "strip_accents" and value is None):
-            raise DataError(f"{file}: {name} is {quote(str(value))}, not true or false: "
+            raise UserError(f"{file}: {name} is {quote(str(value))}, not true or false: "
                             f"correct it, or download the file again")
     return {ours: value for ours, (_, _, value) in stated.items()}
 
@@ -416,19 +419,19 @@ def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
     """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number
     from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case
-    it is lower-case, and the vocabulary must be so too. Raises DataError."""
+    it is lower-case, and the vocabulary must be so too. Raises UserError."""
     path = Path(folder) / "vocab.txt"
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
     if missing:
-        raise DataError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
+        raise UserError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
     if len(set(words)) < len(words):
-        raise DataError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
+        raise UserError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
     stated = tokenizer_settings(Path(folder))
     capital = next((word for word in words if word != word.lower()
                     and not (word.startswith("[") and word.endswith("]"))), None)
     if capital is not None and "do_lower_case" not in stated:
-        raise DataError(f"{path} has upper-case words such as {quote(capital)}: put a "
+        raise UserError(f"{path} has upper-case words such as {quote(capital)}: put a "
                         f"tokenizer_config.json beside it with do_lower_case true or false")
     return BertWordPieceTokenizer({word: i for i, word in enumerate(words)},
                                   lowercase=stated.get("do_lower_case", True),
@@ -439,7 +442,7 @@ def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
     """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    write_whole(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
+    atomic_write(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
     rules = tokenizer.normalizer
     write_json(Path(folder) / "tokenizer_config.json", {
         "do_lower_case": rules.lowercase, "strip_accents": rules.strip_accents,
@@ -448,19 +451,19 @@ def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> N
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
     """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP], of which the longer
-    text is cut first where there are more than max_length tokens. Raises DataError."""
+    text is cut first where there are more than max_length tokens. Raises UserError."""
     if max_length < 8:
-        raise DataError(f"a maximal length of {max_length} tokens leaves nothing of a sentence: use 8 or more")
+        raise UserError(f"a maximal length of {max_length} tokens leaves nothing of a sentence: use 8 or more")
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     done = tokenizer.encode_batch([text if second is None else (text, second) for text, second in split.texts])
-    return replace(split, ids=[e.ids for e in done], types=[e.type_ids for e in done])
+    return replace(split, ids=[e.ids for e in done], segment_ids=[e.type_ids for e in done])
 
 
 @dataclass
 class Batch:
-    """ids, types (B, S) long; mask (B, S) bool, True at real tokens; labels, index in the split (B,) long."""
+    """ids, segment_ids (B, S) long; mask (B, S) bool, True at real tokens; labels, index in the split (B,) long."""
     ids: Tensor
-    types: Tensor
+    segment_ids: Tensor
     mask: Tensor
     labels: Tensor
     index: Tensor
@@ -473,20 +476,20 @@ def collate(split: Split, indices: list[int]) -> Batch:
     """These examples as one batch, padded to the longest of them only (with id 0: the mask hides it)."""
     lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
-    ids, types = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
+    ids, segment_ids = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
     ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
-    types[mask] = torch.tensor([segment for i in indices for segment in split.types[i]])
-    return Batch(ids, types, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
+    segment_ids[mask] = torch.tensor([segment for i in indices for segment in split.segment_ids[i]])
+    return Batch(ids, segment_ids, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
 
 
 def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
     """Which examples make which batch: like lengths together, so that little is padded.
 
     Without a seed: sorted by length, for evaluation. With one, for training: shuffled, sorted only within pools of 50
-    batches, and the batches shuffled again; the same seed gives the same order. Raises DataError.
+    batches, and the batches shuffled again; the same seed gives the same order. Raises UserError.
     """
     if size < 1:
-        raise DataError(f"a batch size of {size} is no size: use 1 or more")
+        raise UserError(f"a batch size of {size} is no size: use 1 or more")
 
     def cut(rows) -> list[list[int]]:
         rows = sorted(rows, key=lambda i: len(split.ids[i]))                            # an IndexError: not encoded yet

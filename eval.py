@@ -31,13 +31,14 @@ import torch
 
 import data
 import train
-from bert import WeightsError
-from data import DataError, Split, Task
-from smartbert import (Criterion, Outcome, SmartBert, companion_flops, entropy, entropy_below, first_correct,
+from data import Split, Task, UserError
+from smartbert import (Criterion, Outcome, SmartBert, auxiliary_flops, entropy, entropy_below, first_correct,
                        fixed_layer, flops, layer_flops, patience, plain_flops, probability_above)
-from train import RunError, load_run, pick_device, pools, predict, run_pool
+from train import load_run, pick_device, pools, predict, run_pool
 
 MAX_DROP = 0.5          # points of score that exits at a chosen threshold may lose on held-out data
+MODES = ("plain", "skip", "exit", "both")
+FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}     # in older eval.json
 GRID = 200              # thresholds that are tried on held-out data, where the user names none
 
 
@@ -47,7 +48,7 @@ CRITERIA = {"entropy": entropy_below, "probability": probability_above, "patienc
 
 
 @dataclass
-class Way:
+class InferenceMode:
     """One way to run a model. mode: plain, skip, exit or both; threshold: the number its exit criterion takes, if it has
     exits; criterion: a name in CRITERIA, or oracle."""
     mode: str
@@ -59,7 +60,7 @@ class Way:
 
 
 @dataclass(kw_only=True)
-class Row(Way):
+class Row(InferenceMode):
     """A way and what it gave: one line of the table, one entry of eval.json."""
     score: float
     scores: dict[str, float]        # all of the task's metrics; score is the first
@@ -74,7 +75,7 @@ class Row(Way):
     chosen: bool = False            # the one to take among those of its mode, by `choose` on the held-out part
 
 
-def leaves(way: Way, labels: torch.Tensor) -> Criterion | None:
+def leaves(way: InferenceMode, labels: torch.Tensor) -> Criterion | None:
     """The exit criterion of an inference mode, None where it has no exits. labels (N,): the oracle looks at them."""
     if way.mode not in ("exit", "both"):
         return None
@@ -115,12 +116,12 @@ def cut(walked: Outcome, leave: Criterion | None) -> Outcome:
                    walked.gates.masked_fill(beyond, torch.nan), history)
 
 
-def outcome_of(walks: dict[bool, Outcome], split: Split, way: Way) -> Outcome:
+def outcome_of(walks: dict[bool, Outcome], split: Split, way: InferenceMode) -> Outcome:
     """What became of a split in one inference mode, from its walks."""
     return cut(walks[way.mode in ("skip", "both")], leaves(way, torch.tensor(split.labels)))
 
 
-def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcome], way: Way) -> Row:
+def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcome], way: InferenceMode) -> Row:
     """The account of one inference mode. Seconds are left for `clock`, held-out figures for `evaluate`."""
     outcome = outcome_of(walks, split, way)
     if way.criterion == "layer":                            # a shallower BERT would not have asked the heads before
@@ -159,19 +160,19 @@ def clock(model: SmartBert, split: Split, rows: list[Row], device: torch.device,
         row.seconds = statistics.median(times)
 
 
-def fine_grid(walks: dict[bool, Outcome], ways: list[Way]) -> list[Way]:
+def fine_grid(walks: dict[bool, Outcome], ways: list[InferenceMode]) -> list[InferenceMode]:
     """The ways, with GRID thresholds for each mode that has exits: quantiles of the entropies that the heads gave on
     these walks, so that about equally many answers lie between two neighbours."""
     made = []
     for mode in dict.fromkeys(way.mode for way in ways):
         if mode not in ("exit", "both"):
-            made.append(Way(mode))
+            made.append(InferenceMode(mode))
             continue
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)                   # (N (L - 1), C)
         values = entropy(history[~history[:, 0].isnan()]).double()
         if len(values):                                 # none where every layer is skipped
             quantiles = np.quantile(values.numpy(), np.linspace(0, 1, GRID))
-            made += [Way(mode, e) for e in sorted({float(f"{q:.3g}") for q in quantiles})]
+            made += [InferenceMode(mode, e) for e in sorted({float(f"{q:.3g}") for q in quantiles})]
     return made
 
 
@@ -257,7 +258,7 @@ def criteria(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outco
     p = [1 - (1 - 1 / C) * share for share in (0.003, 0.01, 0.03, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8, 0.95)]
     numbers = {"entropy": [-q * math.log(q) - (1 - q) * math.log((1 - q) / (C - 1)) for q in p], "probability": p,
                "patience": range(1, max(L, 2)), "layer": range(1, L + 1), "oracle": [None]}
-    ways = [Way("exit", number, name) for name, values in numbers.items() for number in values]
+    ways = [InferenceMode("exit", number, name) for name, values in numbers.items() for number in values]
     return [measure(model, split, task, walks, way) for way in ways]
 
 
@@ -280,30 +281,38 @@ def criteria_table(rows: list[Row]) -> str:
 
 
 def read_result(path: Path) -> tuple[tuple[str, str, str], dict, list[Row]]:
-    """An eval.json: what it is of (data, weights, method), its run's settings, its rows. Raises RunError."""
+    """An eval.json: what it is of (data, weights, method), its run's settings, its rows. Raises UserError."""
     try:
-        result = json.loads(path.read_text())
-        settings, rows = result["settings"], [Row(**row) for row in result["rows"]]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        settings = {FORMER_NAMES.get(name, name): value for name, value in result["settings"].items()}
+        rows = [Row(**row) for row in result["rows"]]
+        for row in rows:
+            numbers = [row.score, row.layers, row.flops, row.seconds]
+            numbers += [x for x in (row.threshold, row.held_out, row.held_out_flops) if x is not None]
+            if row.mode not in MODES or not all(math.isfinite(number) for number in numbers):
+                raise ValueError
+        if rows[0].mode != "plain":
+            raise ValueError
         name = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
         return (name, settings["weights"] or "", settings["method"]), settings, rows
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): evaluate its run with eval.py, and name that file or folder")
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path} is no eval.json of this version: evaluate its run with eval.py, and name that file or folder")
+        raise UserError(f"{path} cannot be read ({error.strerror}): evaluate its run with eval.py, and name that file or folder")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is no eval.json of this version: evaluate its run with eval.py, and name that file or folder")
 
 
 # --- A look inside ----------------------------------------------------------------------------------------------------
 
 def own_examples(arguments: argparse.Namespace, task: Task) -> Split:
     """What --trace or --predict names, a sentence a line, or a pair with a tab between the two, as a split without
-    labels. Raises DataError."""
+    labels. Raises UserError."""
     lines = (["\t".join(arguments.trace)] if arguments.trace else
              data.read_lines(Path(arguments.predict), "name a file with a sentence a line, or - for standard input"))
     pair, texts = bool(task.columns and task.columns[1]), [line.split("\t") for line in lines]
     wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
     for number, text in enumerate(texts, 1):
         if len(text) != 1 + pair or not all(part.strip() for part in text):
-            raise DataError(f"example {number} is {' | '.join(text)!r}, but {task.name} takes {wanted}: in quotes on the "
+            raise UserError(f"example {number} is {' | '.join(text)!r}, but {task.name} takes {wanted}: in quotes on the "
                             f"command line, a line each in a file")
     return Split([(text[0], text[1] if pair else None) for text in texts], [0] * len(texts))
 
@@ -312,7 +321,7 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
     """The way of the one row of an outcome as text: for each layer its gate, what became of it, the answer and the
     entropy (in nats) of its head, the FLOPs so far as a share of plain BERT's. tokens (1,); labels: the classes' names."""
     layer, total = layer_flops(model, tokens), plain_flops(model, tokens)
-    gate, head = companion_flops(model.gates[0], tokens), companion_flops(model.heads[0], tokens)
+    gate, head = auxiliary_flops(model.gates[0], tokens), auxiliary_flops(model.heads[0], tokens)
     lines, cost = ["layer   gate               what         head's answer          entropy   FLOPs so far"], 0
     for i, (g, ran, answer) in enumerate(zip(outcome.gates[0], outcome.ran[0], outcome.history[0]), 1):
         asked, met, left = not g.isnan(), not answer[0].isnan(), i == outcome.exit[0] and i < len(model.gates)
@@ -329,7 +338,7 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
                               f"{outcome.ran.sum()} of {len(model.gates)} layers run"])
 
 
-def show(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome, answers: bool, n: int | None) -> None:
+def show(model: SmartBert, split: Split, task: Task, way: InferenceMode, outcome: Outcome, answers: bool, n: int | None) -> None:
     """Print each example's answer (answers) or its way through the layers; or, of a labelled split, the ways of the n
     that ran the fewest layers and the n that ran the most."""
     layers = outcome.ran.sum(1)
@@ -349,23 +358,23 @@ def show(model: SmartBert, split: Split, task: Task, way: Way, outcome: Outcome,
 # --- From the command line --------------------------------------------------------------------------------------------
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises RunError for a number that makes no sense and for flags that do not go together."""
+    """Raises UserError for a number that makes no sense and for flags that do not go together."""
     for name, low in {"thresholds": 0, "max_drop": 0, "repeats": 0, "target_speedup": 1, "trace_examples": 1}.items():
         value = getattr(arguments, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number < math.inf:     # false for nan as well
-                raise RunError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
+                raise UserError(f"--{name.replace('_', '-')} {number:g}: give a number from {low} up")
     look = arguments.trace or arguments.trace_examples or arguments.predict is not None
     if look and (arguments.target_speedup or arguments.plot or arguments.criteria):
-        raise RunError("--plot, --criteria and --target-speedup belong to a run's table; --trace, --trace-examples and "
+        raise UserError("--plot, --criteria and --target-speedup belong to a run's table; --trace, --trace-examples and "
                        "--predict go by --thresholds")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
-        raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
+        raise UserError("--plot needs the package matplotlib: python -m pip install matplotlib")
     if arguments.plot and not (Path(arguments.run) / "log.jsonl").is_file():
-        raise RunError(f"--plot needs {Path(arguments.run) / 'log.jsonl'}, which train.py wrote: train again")
+        raise UserError(f"--plot needs {Path(arguments.run) / 'log.jsonl'}, which train.py wrote: train again")
 
 
-def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[Way]:
+def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[InferenceMode]:
     """The table's rows: the modes that a run has, over the thresholds asked for, or shares of the largest entropy that so
     many classes can have."""
     smart = settings["method"] == "smartbert"
@@ -374,12 +383,12 @@ def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[Wa
         round(share * math.log(classes), 3) for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)]
     modes = {"plain": [None]} | ({"skip": [None]} if gates else {}) | ({"exit": thresholds} if exits else {})
     modes |= {"both": thresholds} if gates and exits else {}
-    return [Way(mode, threshold) for mode, values in modes.items() for threshold in values]
+    return [InferenceMode(mode, threshold) for mode, values in modes.items() for threshold in values]
 
 
 def read_splits(arguments: argparse.Namespace, settings: dict, task: Task) -> dict[str, Split]:
     """The task's dev sets and, under "train", the held-out part of its training set, encoded as in training; or the
-    user's own examples as its dev set. Raises DataError, RunError for a training set that is not the run's."""
+    user's own examples as its dev set. Raises UserError."""
     own = arguments.trace or arguments.predict is not None
     splits = {task.devs[0]: own_examples(arguments, task)} if own else data.load_task(
         task.name, arguments.data_dir or settings["data_dir"], settings["cache"])
@@ -399,7 +408,7 @@ def read_splits(arguments: argparse.Namespace, settings: dict, task: Task) -> di
 
 def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert, device: torch.device) -> None:
     """--trace, --trace-examples and --predict, in the fullest mode that the run has, at the first threshold asked for, else
-    the one that its last evaluation chose, else the strictest. Raises DataError, RunError."""
+    the one that its last evaluation chose, else the strictest. Raises UserError."""
     task, last = data.find_task(settings["task"]), Path(arguments.run) / "eval.json"
     split = read_splits(arguments, settings, task)[task.devs[0]]
     ways = plan(arguments, settings, len(task.labels))
@@ -411,7 +420,7 @@ def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert,
     show(model, split, task, way, outcome, arguments.predict is not None, arguments.trace_examples)
 
 
-def judge(model: SmartBert, held: Split, task: Task, ways: list[Way], device: torch.device,
+def judge(model: SmartBert, held: Split, task: Task, ways: list[InferenceMode], device: torch.device,
           arguments: argparse.Namespace) -> list[Row]:
     """The ways measured on the held-out part, and the one that `choose` takes of each mode marked. Where the user
     named no thresholds, it chooses from a fine grid, and what it took is put among the ways."""
@@ -429,11 +438,11 @@ def judge(model: SmartBert, held: Split, task: Task, ways: list[Way], device: to
 
 
 def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, device: torch.device) -> None:
-    """The table of a run, for each dev set of its task, printed and written beside it. Raises DataError, RunError."""
+    """The table of a run, for each dev set of its task, printed and written beside it. Raises UserError."""
     folder, task = Path(arguments.run), data.find_task(settings["task"])
     ways = plan(arguments, settings, len(task.labels))
     if (arguments.plot or arguments.criteria) and ways[-1].threshold is None:
-        raise RunError(f"{folder} is a plain BERT or had no phase 2: it lacks the exit heads that --plot and --criteria want")
+        raise UserError(f"{folder} is a plain BERT or had no phase 2: it lacks the exit heads that --plot and --criteria want")
     splits = read_splits(arguments, settings, task)
     held = splits["train"]
     dropped = train.OF_A_MACHINE | (set() if settings["method"] == "smartbert" else train.OF_SMARTBERT)
@@ -441,7 +450,7 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert, de
     kept["weights"] = settings["weights"] and Path(settings["weights"]).name
     metric = task.metrics[0]
     judged = judge(model, held, task, ways, device, arguments) if held else []
-    ways = [Way(row.mode, row.threshold) for row in judged] or ways
+    ways = [InferenceMode(row.mode, row.threshold) for row in judged] or ways
     for name in task.devs:
         split, partial = splits[name], splits[name].partial or splits["train"].partial
         walks = walk(model, split, device, {way.mode for way in ways})
@@ -505,7 +514,7 @@ def main(arguments: list[str] | None = None) -> None:
             (look_inside if look else evaluate)(asked, settings, model, device)
     except BrokenPipeError:                                 # what reads has read enough: | head
         sys.stdout = None
-    except (DataError, WeightsError, RunError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -112,9 +112,9 @@ class SmartBert(nn.Module):
             if not name.startswith("bert.") and name.endswith("weight") and p.dim() > 1:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)  # at the scale of what comes in (deviation 13)
 
-    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
-        """Plain BERT: every layer, the last head. ids, types, mask (B, S) -> logits (B, C)."""
-        logits, _ = self.heads[-1](self.bert(ids, types, mask)[-1], mask_or_none(mask))
+    def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
+        """Plain BERT: every layer, the last head. ids, segment_ids, mask (B, S) -> logits (B, C)."""
+        logits, _ = self.heads[-1](self.bert(ids, segment_ids, mask)[-1], mask_or_none(mask))
         return logits
 
 
@@ -148,7 +148,7 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 
 # --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
 
-def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
+def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
     """Run the layers (all, or layers[:depth]) and mix its output with its input as the gate says (SmartBert.py:91-103).
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
@@ -157,7 +157,7 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
     Returns inputs [h_0 .. h_{L-1}], raw outputs [layer_i(h_{i-1})], h_L (each (B, S, H)),
     soft gates (B, L) and the gates as they were used (B, L).
     """
-    h, m = model.bert.embeddings(ids, types), mask_or_none(mask)
+    h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         inputs.append(h)
@@ -169,57 +169,62 @@ def gated_walk(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, hard:
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
 
+def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1.0,
+                 budget_weight: float = 0.0) -> Tensor:
+    """What drives the gates to skip, from soft gates and gates as used (each (B, L)) to a scalar.
+
+        paper:  lambda / sum_i mean_batch(g_i)               small when layers are skipped (SmartBert.py:110)
+        ours:   weight * max(0, share of layers run - budget)^2    0 once no more layers run than asked for
+
+    The paper's sum stays soft when the gates are hard (SmartBert.py:96); ours counts what runs.
+    """
+    paper = lam / soft.mean(0).sum() if lam else soft.new_zeros(())
+    ours = budget_weight * F.relu((1 - used).mean() - budget) ** 2
+    return paper + ours
+
+
 @dataclass
 class Phase1:
     """What phase 1's loss is made of: scalars, and run: 1 - g as used, for each row and layer (B, L)."""
     loss: Tensor
     task: Tensor
-    push: Tensor
+    penalty: Tensor
     contrast: Tensor
     run: Tensor
 
 
-def phase1_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *, hard: bool,
-                push: Callable[[Tensor, Tensor], Tensor], eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
-    """loss1 = (1 - eta1) * ( CE(last head) + push ) + eta1 * sum_i contrast(u_i, u_{i+1})   (SmartBert.py:105-123)
+def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor, *,
+                hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
+    """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L - 1 pairs of neighbours, and is their sum.
-    push: what drives the gates to skip, from soft gates and gates as used (each (B, L)) to a scalar:
-    `lambda_push` is the paper's, `budget_push` ours. ids, types, mask (B, S), labels (B,).
+    (SmartBert.py:105-123.) u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L - 1 pairs
+    of neighbours, and is their sum. penalty: lam, budget and budget_weight of `skip_penalty`; {} is none.
+    ids, segment_ids, mask (B, S), labels (B,).
     """
-    inputs, _, h, soft, used = gated_walk(model, ids, types, mask, hard)
+    inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard)
     logits, _ = model.heads[-1](h, mask_or_none(mask))
     task = F.cross_entropy(logits, labels)
-    pushed = push(soft, used)
+    penalised = skip_penalty(soft, used, **penalty)
     contrasted = task.new_zeros(())
     if eta1:
         u = [project(x) for project, x in zip(model.projections, inputs)]               # L tensors (B, S, W)
         contrasted = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
-    return Phase1((1 - eta1) * (task + pushed) + eta1 * contrasted, task, pushed, contrasted, 1 - used)
-
-
-def lambda_push(lam: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The paper's: lambda / sum_i mean_batch(g_i), small when layers are skipped (SmartBert.py:96,107)."""
-    return lambda soft, used: lam / soft.mean(0).sum()
-
-
-def budget_push(budget: float, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Ours: weight * max(0, share of layers run - budget)^2, which pushes only while more layers run than were asked for."""
-    return lambda soft, used: weight * F.relu((1 - used).mean() - budget) ** 2
+    loss = (1 - eta1) * (task + penalised) + eta1 * contrasted
+    return Phase1(loss, task, penalised, contrasted, 1 - used)
 
 
 # --- Phase 2: the exit heads ------------------------------------------------------------------------------------------
 
-def phase2_loss(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, labels: Tensor, *,
+def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor, *,
                 eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})   (SmartBert.py:125-155)
 
     For heads 1 .. L-1; u_i = project_i(z_i), the tokens as head i has shrunk them. Unlike phase 1's it is a mean over pairs.
     Walks the hard-gated path with everything but these heads frozen, and shows each head its layer's raw output, also
-    where the layer was skipped. ids, types, mask (B, S), labels (B,). Returns a scalar.
+    where the layer was skipped. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
     """
     with torch.no_grad():
-        _, outputs, _, _, _ = gated_walk(model, ids, types, mask, hard=True, depth=-1)
+        _, outputs, _, _, _ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=-1)
     m = mask_or_none(mask)
     results = [head(h, m) for head, h in zip(model.heads[:-1], outputs)]
     task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
@@ -322,16 +327,16 @@ class Outcome:
 
 
 @torch.inference_mode()
-def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: bool = True,
-          leave: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
+def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, skip: bool = True,
+          criterion: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
     """Dynamic inference on a whole pool: at each layer only the rows that run it are computed.
 
     A batch that shrinks as its rows skip and leave soon computes two or three rows at a time, and the processor idles.
     So the rows of a pool wait in front of a layer, and those that run it pass in full batches of like length: full means
     batch_tokens, so that long rows, of which few are alike, go in small batches with little padding.
 
-    ids, types, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; leave: the
-    criterion asked after every layer that ran but the last, or None for no exits. Who is never sure takes the last head,
+    ids, segment_ids, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; criterion: the
+    exit criterion, asked after every layer that ran but the last, or None for no exits. Who is never sure takes the last head,
     also when the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
     """
     N, L, device = len(ids), len(model.bert.layers), ids.device
@@ -357,7 +362,7 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
     # zeros: what stands in padding gets no weight in attention, but no weight times NaN would still be NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)          # (N, S, H)
     for rows, s, _ in in_batches(waiting):
-        h[rows, :s] = model.bert.embeddings(ids[rows, :s], types[rows, :s])
+        h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
     for i, layer in enumerate(model.bert.layers):
         running = waiting
         if skip and len(waiting):
@@ -368,9 +373,9 @@ def infer(model: SmartBert, ids: Tensor, types: Tensor, mask: Tensor, *, skip: b
             out = layer(h[rows, :s], m)                                                 # (n, s, H)
             h[rows, :s] = out
             ran[rows, i] = True
-            if leave is not None and i < L - 1:
+            if criterion is not None and i < L - 1:
                 history[rows, i] = model.heads[i](out, m)[0].float()
-                leaving = leave(history[rows, :i + 1], rows)                            # (n,)
+                leaving = criterion(history[rows, :i + 1], rows)                            # (n,)
                 exits[rows[leaving]] = i + 1                                            # layers count from 1
         waiting = waiting[exits[waiting] == L]
     for rows, s, m in in_batches(waiting):                  # never sure, or no exits: the last head
@@ -389,7 +394,7 @@ def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     return 2 * tokens * (4 * H * H + 2 * H * I) + 4 * tokens**2 * H
 
 
-def companion_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
+def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
     """FLOPs of one gate or one exit head, (N,) -> (N,): shrink, keys and values, one query and its attention, output."""
     W, H = module.body.inner.weight.shape
     outputs = 2 * W * module.out.out_features + (2 * W * W if isinstance(module, ExitHead) else 0)
@@ -399,10 +404,10 @@ def companion_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
 def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
     """FLOPs of each row of a pool as it went: layers run, gates asked, heads met. tokens (N,) real -> (N,)."""
     gates, heads = (~outcome.gates.isnan()).sum(1), (~outcome.history[:, :, 0].isnan()).sum(1)
-    return (layer_flops(model, tokens) * outcome.ran.sum(1) + companion_flops(model.gates[0], tokens) * gates
-            + companion_flops(model.heads[0], tokens) * heads)
+    return (layer_flops(model, tokens) * outcome.ran.sum(1) + auxiliary_flops(model.gates[0], tokens) * gates
+            + auxiliary_flops(model.heads[0], tokens) * heads)
 
 
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
-    return layer_flops(model, tokens) * len(model.bert.layers) + companion_flops(model.heads[-1], tokens)
+    return layer_flops(model, tokens) * len(model.bert.layers) + auxiliary_flops(model.heads[-1], tokens)

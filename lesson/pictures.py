@@ -27,7 +27,7 @@ def canvas():
 
 def picture(plt, path: Path) -> None:
     """Write what was drawn, whole or not at all."""
-    data.write_whole(path, lambda file: plt.savefig(file, format="png"))
+    data.atomic_write(path, lambda file: plt.savefig(file, format="png"))
     plt.close()
     print(f"wrote {path}")
 

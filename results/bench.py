@@ -23,7 +23,7 @@ import data
 import eval as evaluation
 import train
 from bert import load_bert
-from smartbert import SmartBert, budget_push, entropy_below, infer, phase1_loss, phase2_loss
+from smartbert import SmartBert, entropy_below, infer, phase1_loss, phase2_loss
 
 
 def in_turn(*functions, rounds: int) -> list[float]:
@@ -115,8 +115,8 @@ def main() -> None:
             peer.eval()
             with torch.inference_mode():
                 theirs, same, floor, plain = in_turn(
-                    lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types) for b in given],
-                    lambda: [model(b.ids, b.types, b.mask) for b in given],
+                    lambda: [peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.segment_ids) for b in given],
+                    lambda: [model(b.ids, b.segment_ids, b.mask) for b in given],
                     lambda: products_of(given),
                     lambda: [train.run_pool(model, b, False, None) for b in pooled], rounds=rounds)
             note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
@@ -135,12 +135,12 @@ def main() -> None:
     def phase1():
         model.train()
         for b in some:
-            step(phase1_loss(model, b.ids, b.types, b.mask, b.labels, hard=True, push=budget_push(0.5, 10.0)).loss, optimizer)
+            step(phase1_loss(model, b.ids, b.segment_ids, b.mask, b.labels, hard=True, penalty=dict(budget=0.5, budget_weight=10.0)).loss, optimizer)
 
     def phase2():
         model.eval()
         for b in some:
-            step(phase2_loss(model, b.ids, b.types, b.mask, b.labels), optimizer)
+            step(phase2_loss(model, b.ids, b.segment_ids, b.mask, b.labels), optimizer)
 
     timed = [phase1, phase2]
     if peer:
@@ -149,7 +149,7 @@ def main() -> None:
         def fine_tune():
             peer.train()
             for b in some:
-                step(F.cross_entropy(peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.types).logits, b.labels),
+                step(F.cross_entropy(peer(b.ids, attention_mask=b.mask.long(), token_type_ids=b.segment_ids).logits, b.labels),
                      theirs_optimizer)
         timed.append(fine_tune)
     first, second, *theirs = in_turn(*timed, rounds=rounds)
@@ -162,14 +162,14 @@ def main() -> None:
         task = data.find_task(settings["task"])
         split = data.load_task(task.name, arguments.data_dir)[task.devs[0]]
         split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
-        ways = [evaluation.Way("plain"), evaluation.Way("skip")]
-        ways += [evaluation.Way(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
+        ways = [evaluation.InferenceMode("plain"), evaluation.InferenceMode("skip")]
+        ways += [evaluation.InferenceMode(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
         walks = evaluation.walk(trained, split, device, {way.mode for way in ways})
         rows = [evaluation.measure(trained, split, task, walks, way) for way in ways]
         evaluation.clock(trained, split, rows, device, rounds)
         for row in rows[1:]:
             note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
-        every = evaluation.fine_grid(walks, [evaluation.Way("exit"), evaluation.Way("both")])
+        every = evaluation.fine_grid(walks, [evaluation.InferenceMode("exit"), evaluation.InferenceMode("both")])
         some_ways = [way for mode in ("exit", "both") for way in [w for w in every if w.mode == mode][::10]]
 
         def by_walks():
@@ -186,7 +186,7 @@ def main() -> None:
              *in_turn(by_walks, by_passes, rounds=min(rounds, 3)))
         singly = [data.collate(split, [i]).to(device) for i in range(len(split))]
         many = lambda: [train.run_pool(trained, b, True, leave) for b in pooled]
-        one = lambda: [infer(trained, b.ids, b.types, b.mask, leave=leave, batch_tokens=1) for b in singly]
+        one = lambda: [infer(trained, b.ids, b.segment_ids, b.mask, criterion=leave, batch_tokens=1) for b in singly]
         note(f"{task.name} both at threshold 0.28 / one example at a time", *in_turn(many, one, rounds=min(rounds, 3)))
     if arguments.json:
         data.write_json(arguments.json, figures)

@@ -18,18 +18,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import MAX_DROP, Row, at_cost, choose, read_result
-from train import RunError
+from data import UserError
 
 
 def read_study(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None = None) -> dict[tuple, list[list[Row]]]:
     """The eval.json of a study's runs: (data, weights, method, what is unusual) -> the rows of each seed, each run with the
-    thresholds that `choose` takes. Raises RunError."""
+    thresholds that `choose` takes. Raises UserError."""
     files = [path / "eval.json" if path.is_dir() else path for path in map(Path, paths)]
     runs, study = [read_result(path) for path in files], {}
     for path, (kind, settings, rows) in zip(files, runs):
         choose(rows, max_drop, speedup)
         if not any(row.chosen for row in rows):
-            raise RunError(f"{path}: nothing was held out, so no threshold can be chosen; leave it out")
+            raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; leave it out")
         # A run is named by what it has otherwise than most of its kind; where these are half, than what has no such flag.
         alike = [other for other_kind, other, _ in runs if other_kind == kind]
         differ = "".join(f" {key}={value}" for key, value in settings.items()
@@ -64,11 +64,11 @@ def summary(study: dict) -> str:
 
 def plot_study(study: dict, folder: Path) -> None:
     """study.png in a folder: score over FLOPs, mean over the seeds, a panel for each data set with a plain BERT of its own,
-    whose mean and standard deviation are the gray line and band. Raises RunError."""
+    whose mean and standard deviation are the gray line and band. Raises UserError."""
     panels = [(key, seeds, plain) for key, seeds in study.items()
               if key[2:] == ("smartbert", "") and (plain := baseline(study, *key[:2]))]
     if not panels:
-        raise RunError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the same data from the same weights")
+        raise UserError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the same data from the same weights")
     from lesson.pictures import BLUE, GRAY, GREEN, ORANGE, canvas, picture      # here: the table needs no matplotlib
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
     _, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
@@ -104,16 +104,16 @@ def main(arguments: list[str] | None = None) -> None:
         for name, low in ("max_drop", 0), ("target_speedup", 1):
             value = getattr(asked, name)
             if value is not None and not low <= value < math.inf:       # false for nan as well
-                raise RunError(f"--{name.replace('_', '-')} {value:g}: give a number from {low} up")
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number from {low} up")
         if asked.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
-            raise RunError("--plot needs the package matplotlib: python -m pip install matplotlib")
+            raise UserError("--plot needs the package matplotlib: python -m pip install matplotlib")
         study = read_study(asked.files, asked.max_drop, asked.target_speedup)
         print(summary(study))
         if asked.plot:
             plot_study(study, Path(asked.files[0]).parent)
     except BrokenPipeError:                                 # what reads has read enough: | head
         sys.stdout = None
-    except (RunError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"study.py: {error}", file=sys.stderr)
         sys.exit(2)
 

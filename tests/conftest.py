@@ -39,13 +39,13 @@ def tiny_model(seed: int = 0, classes: int = 3, layers: int = 5, dropout: float 
 
 
 def tiny_batch(seed: int = 0, rows: int = 9, longest: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, types, mask (rows, longest), of all lengths from 2 on, with rubbish in the padding."""
+    """ids, segment_ids, mask (rows, longest), of all lengths from 2 on, with rubbish in the padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 41, (rows, longest), generator=generator)
-    types = torch.randint(0, 2, (rows, longest), generator=generator)
+    segment_ids = torch.randint(0, 2, (rows, longest), generator=generator)
     lengths = torch.randint(2, longest + 1, (rows,), generator=generator)
     lengths[0] = longest
-    return ids, types, torch.arange(longest) < lengths[:, None]
+    return ids, segment_ids, torch.arange(longest) < lengths[:, None]
 
 
 def save_tiny_weights(folder: Path) -> Path:

@@ -19,7 +19,7 @@ import requests
 import torch
 
 import data
-from data import TASKS, DataError, Split
+from data import TASKS, Split, UserError
 
 SHARED = Path(os.environ.get("SMARTBERT_SHARED", ""))
 needs_shared = pytest.mark.skipif(not os.environ.get("SMARTBERT_SHARED"),
@@ -27,8 +27,8 @@ needs_shared = pytest.mark.skipif(not os.environ.get("SMARTBERT_SHARED"),
 
 
 def fails(call, *parts: str) -> str:
-    """call() raises DataError with a message of one line that holds all parts."""
-    with pytest.raises(DataError) as caught:
+    """call() raises UserError with a message of one line that holds all parts."""
+    with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
@@ -420,17 +420,17 @@ def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch)
     archive = write(tmp_path / "glue" / "RTE.zip", zipped(**{"WNLI/train.tsv": "x"}))
     fails(lambda: data.load_task("rte", cache=tmp_path), "RTE.zip", "RTE/train.tsv")
     archive.write_bytes(zipped(**WHOLE))
-    real = data.write_whole
+    real = data.atomic_write
 
     def killed(path, save):
         if path.name == "dev.tsv":
             raise KeyboardInterrupt
         real(path, save)
-    monkeypatch.setattr(data, "write_whole", killed)
+    monkeypatch.setattr(data, "atomic_write", killed)
     with pytest.raises(KeyboardInterrupt):
         data.load_task("rte", cache=tmp_path)
     assert not (tmp_path / "glue" / "RTE" / "dev.tsv").exists()
-    monkeypatch.setattr(data, "write_whole", real)
+    monkeypatch.setattr(data, "atomic_write", real)
     assert len(data.load_task("rte", cache=tmp_path)["dev"]) == 1
 
 
@@ -479,23 +479,23 @@ def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
         file.write(b"half")
         raise RuntimeError
     with pytest.raises(RuntimeError):
-        data.write_whole(path, broken)
+        data.atomic_write(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    data.write_whole(path, lambda file: file.write(b"new"))
+    data.atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------
 
 @needs_shared
-@pytest.mark.parametrize("text, second, ids, types", [                  # ids that bert-base-uncased is known to give
+@pytest.mark.parametrize("text, second, ids, segment_ids", [                  # ids that bert-base-uncased is known to give
     ("hello world", None, [101, 7592, 2088, 102], [0] * 4),
     ("Hello, WORLD!", None, [101, 7592, 1010, 2088, 999, 102], [0] * 6),
     ("h\u00e9llo", "world", [101, 7592, 102, 2088, 102], [0, 0, 0, 1, 1])])
-def test_bert_tokens(text, second, ids, types):
+def test_bert_tokens(text, second, ids, segment_ids):
     tokenizer = data.load_tokenizer(SHARED / "weights" / "e5-small")
     split = data.encode(tokenizer, Split([(text, second)], [0]))
-    assert split.ids == [ids] and split.types == [types]
+    assert split.ids == [ids] and split.segment_ids == [segment_ids]
 
 
 def vocabulary(folder: Path, *words: str) -> Path:
@@ -582,7 +582,7 @@ def test_the_longer_text_is_cut_first(tmp_path):
         while first + second > 13 - 3:
             first, second = (first - 1, second) if first > second else (first, second - 1)
         assert split.ids[0] == [2] + [4] * first + [3] + [5] * second + [3]
-        assert split.types[0] == [0] * (first + 2) + [1] * (second + 1)
+        assert split.segment_ids[0] == [0] * (first + 2) + [1] * (second + 1)
         assert split.ids[1] == [2] + [6] * 11 + [3]
     fails(lambda: data.encode(tokenizer, split, 7), "7")
 
@@ -607,7 +607,7 @@ def encoded(rows: int = 331) -> Split:
     lengths = np.random.default_rng(0).integers(3, 41, rows)
     return Split([("", None)] * rows, [i % 3 for i in range(rows)],
                  ids=[[i + 1] * int(n) for i, n in enumerate(lengths)],
-                 types=[[0] * int(n - 2) + [1] * 2 for n in lengths])
+                 segment_ids=[[0] * int(n - 2) + [1] * 2 for n in lengths])
 
 
 @pytest.mark.parametrize("seed", [None, 4])
@@ -615,14 +615,14 @@ def test_every_example_once_in_rows_as_long_as_need_be(seed):
     split, seen = encoded(), []
     for batch in data.batches(split, 7, seed):
         B, S = batch.ids.shape
-        assert B <= 7 and batch.types.shape == batch.mask.shape == (B, S)
+        assert B <= 7 and batch.segment_ids.shape == batch.mask.shape == (B, S)
         assert batch.mask.dtype == torch.bool and batch.ids.dtype == batch.labels.dtype == torch.long
         assert S == max(len(split.ids[i]) for i in batch.index.tolist())
         for row, i in enumerate(batch.index.tolist()):
             n = len(split.ids[i])
             assert batch.mask[row].tolist() == [True] * n + [False] * (S - n)
             assert batch.ids[row].tolist() == split.ids[i] + [0] * (S - n)
-            assert batch.types[row].tolist() == split.types[i] + [0] * (S - n)
+            assert batch.segment_ids[row].tolist() == split.segment_ids[i] + [0] * (S - n)
             assert batch.labels[row] == split.labels[i]
             seen.append(i)
     assert sorted(seen) == list(range(len(split)))

@@ -13,10 +13,10 @@ from conftest import tiny_batch, tiny_model
 import data
 import eval as evaluation
 import train
-from eval import Row, Way, at_cost, choose, cut, leaves, nobody, trace
+from eval import Row, InferenceMode, at_cost, choose, cut, leaves, nobody, trace
 from results import study
 from smartbert import entropy, entropy_below, infer
-from train import RunError
+from data import UserError
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
     for r in result["rows"]:
         mode, leave = r["mode"], None if r["threshold"] is None else entropy_below(r["threshold"])
         batch = data.collate(held, list(range(20)))
-        outcome = infer(model, batch.ids, batch.types, batch.mask, skip=mode in ("skip", "both"), leave=leave)
+        outcome = infer(model, batch.ids, batch.segment_ids, batch.mask, skip=mode in ("skip", "both"), criterion=leave)
         assert r["held_out"] == pytest.approx((outcome.logits.argmax(1) == batch.labels).float().mean().item())
         tokens = batch.mask.sum(1)
         share = evaluation.flops(model, tokens, outcome).sum() / evaluation.plain_flops(model, tokens).sum()
@@ -116,7 +116,7 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
     tokenizer, wanted = data.load_tokenizer(finished), ""
     for line in lines:
         ids = torch.tensor([tokenizer.encode(line).ids])
-        outcome = infer(model, ids, torch.zeros_like(ids), ids > 0, leave=entropy_below(0.5))
+        outcome = infer(model, ids, torch.zeros_like(ids), ids > 0, criterion=entropy_below(0.5))
         p = outcome.logits[0].softmax(0)
         wanted += f"{('bad', 'good')[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
     assert answers("\n".join(lines) + "\n", path) == answers("\n".join(lines), "-") == wanted
@@ -132,10 +132,10 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
 def test_trace_tells_what_happened():
     """Each layer's line against the outcome; the last share is what the cost function says."""
     model, seen = tiny_model(), set()
-    ids, types, mask = tiny_batch()
+    ids, segment_ids, mask = tiny_batch()
     for r in range(9):
         S = int(mask[r].sum())
-        outcome = infer(model, ids[r:r + 1, :S], types[r:r + 1, :S], mask[r:r + 1, :S], leave=entropy_below(0.8))
+        outcome = infer(model, ids[r:r + 1, :S], segment_ids[r:r + 1, :S], mask[r:r + 1, :S], criterion=entropy_below(0.8))
         *lines, answer = trace(model, torch.tensor([S]), outcome, ("no", "maybe", "yes")).splitlines()[1:]
         for i, line in enumerate(lines):
             left = i + 1 == outcome.exit[0] < 5
@@ -185,9 +185,12 @@ def test_summary_is_mean_and_spread(tmp_path):
                                          "rows": [vars(row("plain", 2 * score, 1.))]}))
     lines = study.summary(study.read_study(files)).splitlines()
     assert [l.split()[-1] for l in lines if " both " in l] == [f"{100 * (mean - .35):+.1f}", "-5.0"]
-    for content in ("[]", '{"rows": []}'):
+    good = json.loads(files[0].read_text())
+    spoilt = [good | {"rows": good["rows"][1:]}, good | {"rows": [good["rows"][0] | {"mode": "half"}]},
+              good | {"rows": [good["rows"][0] | {"score": None}]}, good | {"settings": [1]}]
+    for content in ("[]", '{"rows": []}', *map(json.dumps, spoilt)):
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(RunError, match="x.json"):
+        with pytest.raises(UserError, match="x.json"):
             study.read_study([tmp_path / "x.json"])
 
 
@@ -233,13 +236,13 @@ def test_pictures(finished, capsys):
 def test_a_cut_walk_is_what_inference_gives(gates):
     """For each exit criterion and none: layers, exits, gates asked, heads met and answers of every row."""
     labels, left = torch.arange(9) % 3, set()
-    ways = [Way("exit", 0.3), Way("exit", 0.9), Way("exit", 2.0), Way("exit", 0.42, "probability"), Way("plain"),
-            Way("exit", 1, "patience"), Way("exit", 2, "patience"), Way("exit", 3, "layer"), Way("exit", None, "oracle")]
+    ways = [InferenceMode("exit", 0.3), InferenceMode("exit", 0.9), InferenceMode("exit", 2.0), InferenceMode("exit", 0.42, "probability"), InferenceMode("plain"),
+            InferenceMode("exit", 1, "patience"), InferenceMode("exit", 2, "patience"), InferenceMode("exit", 3, "layer"), InferenceMode("exit", None, "oracle")]
     for seed in range(4):
         model, batch = tiny_model(seed), tiny_batch(seed)
-        walked = infer(model, *batch, skip=gates, leave=nobody)
+        walked = infer(model, *batch, skip=gates, criterion=nobody)
         for way in ways:
-            ours, theirs = cut(walked, leaves(way, labels)), infer(model, *batch, skip=gates, leave=leaves(way, labels))
+            ours, theirs = cut(walked, leaves(way, labels)), infer(model, *batch, skip=gates, criterion=leaves(way, labels))
             assert torch.equal(ours.ran, theirs.ran) and torch.equal(ours.exit, theirs.exit)
             for name in ("logits", "gates", "history"):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True)

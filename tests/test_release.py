@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import smartbert
 from bert import Bert, BertConfig, convert_names
-from smartbert import SmartBert, entropy_below, gated_walk, infer, infer_one, lambda_push, phase1_loss, phase2_loss
+from smartbert import SmartBert, entropy_below, gated_forward, infer, infer_one, phase1_loss, phase2_loss
 
 RELEASE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/release.npz").items()}
 # The release's names inside a gate, a classifier or a contrast projection, and ours. Three of theirs fill two of ours.
@@ -52,7 +52,7 @@ def model(monkeypatch) -> SmartBert:
 
 
 def inputs(batch: str) -> tuple:
-    """(ids, types, mask), labels."""
+    """(ids, segment_ids, mask), labels."""
     if batch == "full":
         ids = RELEASE["input/full_ids"]
         return (ids, RELEASE["input/full_types"], torch.ones_like(ids, dtype=torch.bool)), RELEASE["input/labels"]
@@ -65,8 +65,8 @@ def close(ours, theirs):
 
 def test_plain_layers_gates_and_heads(model):
     """Embeddings, every layer, and each gate and head on them."""
-    (ids, types, mask), _ = inputs("padded")
-    hiddens = model.eval().bert(ids, types, mask)
+    (ids, segment_ids, mask), _ = inputs("padded")
+    hiddens = model.eval().bert(ids, segment_ids, mask)
     close(hiddens[0][mask], expected("plain/embeddings")[mask])
     for i in range(5):
         close(hiddens[i + 1][mask], expected(f"plain/hidden{i + 1}")[mask])
@@ -85,8 +85,8 @@ def test_phase1_loss_and_gradients(model, batch, gates, eta1):
     """
     where = f"{batch}/{'contrast' if eta1 else 'plain'}/phase1_{gates}"
     x, labels = inputs(batch)
-    result = phase1_loss(model.train(), *x, labels, hard=gates == "hard", push=lambda_push(0.4), eta1=eta1, tau1=0.5)
-    h = gated_walk(model, *x, hard=gates == "hard")[2]
+    result = phase1_loss(model.train(), *x, labels, hard=gates == "hard", penalty=dict(lam=0.4), eta1=eta1, tau1=0.5)
+    h = gated_forward(model, *x, hard=gates == "hard")[2]
     close(model.heads[-1](h, x[2])[0], expected(f"{where}/last_logits"))
     if batch == "padded" and eta1:
         assert abs(result.loss - expected(f"{where}/loss")) > 1e-4     # the deviation is real
@@ -113,7 +113,7 @@ def test_phase2_contrast_differs_only_where_we_say(model):
     """Deviations 2 and 3: ours keeps the positive in the denominator and uses all L - 2 pairs of heads. Put back, on our
     own projections, both of the release's oddities give the release's loss."""
     x, labels = inputs("full")
-    outputs = gated_walk(model.train(), *x, hard=True)[1]
+    outputs = gated_forward(model.train(), *x, hard=True)[1]
     u = [F.normalize(head.project(head(h, x[2])[1]), dim=-1) for head, h in zip(model.heads[:-1], outputs)]
     odd = 0
     for a, b in list(zip(u, u[1:]))[:-1]:                                               # one pair short
@@ -129,15 +129,15 @@ def test_phase2_contrast_differs_only_where_we_say(model):
 @pytest.mark.parametrize("skip", [True, False])
 def test_dynamic_inference(model, threshold, skip):
     """The whole batch at once gives what the release gives one example at a time: logits, skipped layers, exit layer."""
-    (ids, types, mask), _ = inputs("padded")
+    (ids, segment_ids, mask), _ = inputs("padded")
     where = f"infer/threshold_{threshold}/{'skip' if skip else 'noskip'}"
-    outcome = infer(model.eval(), ids, types, mask, skip=skip, leave=entropy_below(float(threshold)), batch_tokens=30)
+    outcome = infer(model.eval(), ids, segment_ids, mask, skip=skip, criterion=entropy_below(float(threshold)), batch_tokens=30)
     close(outcome.logits, expected(f"{where}/logits"))
     assert torch.equal(outcome.exit, expected(f"{where}/exit"))
     reached = torch.arange(1, 6) <= outcome.exit[:, None]
     assert torch.equal(~outcome.ran & reached, expected(f"{where}/skipped"))
     for row, S in enumerate(mask.sum(1).tolist()):      # and so does the method written for one example
-        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], types[row:row + 1, :S], float(threshold), skip)
+        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], segment_ids[row:row + 1, :S], float(threshold), skip)
         close(logits[0], expected(f"{where}/logits")[row])
         assert exit == expected(f"{where}/exit")[row]
         assert ran == [i + 1 for i in range(exit) if not expected(f"{where}/skipped")[row, i]]

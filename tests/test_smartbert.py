@@ -10,12 +10,12 @@ from conftest import tiny_batch, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartbert import (ClsAttention, Outcome, SmartBert, budget_push, companion_flops, contrast, entropy, entropy_below,
-                       first_correct, fixed_layer, flops, gated_walk, hard_weight, infer, infer_one, lambda_push, layer_flops,
-                       patience, phase1_loss, phase2_loss, plain_flops, probability_above, width)
+from smartbert import (ClsAttention, Outcome, SmartBert, auxiliary_flops, contrast, entropy, entropy_below,
+                       first_correct, fixed_layer, flops, gated_forward, hard_weight, infer, infer_one, layer_flops,
+                       patience, phase1_loss, phase2_loss, plain_flops, probability_above, skip_penalty, width)
 
 
-def one_by_one(model: SmartBert, ids, types, mask, skip: bool, decide) -> Outcome:
+def one_by_one(model: SmartBert, ids, segment_ids, mask, skip: bool, decide) -> Outcome:
     """The method as the paper tells it: one example, one layer after the other. decide: from the list of the
     probabilities that the row's heads gave so far, layer and row -> leave?"""
     L, N = len(model.gates), len(ids)
@@ -23,7 +23,7 @@ def one_by_one(model: SmartBert, ids, types, mask, skip: bool, decide) -> Outcom
     gates, history = torch.full((N, L), torch.nan), torch.full((N, L, 3), torch.nan)
     for row in range(N):
         S = int(mask[row].sum())
-        h, met = model.bert.embeddings(ids[row:row + 1, :S], types[row:row + 1, :S]), []
+        h, met = model.bert.embeddings(ids[row:row + 1, :S], segment_ids[row:row + 1, :S]), []
         for i in range(L):
             if skip:
                 gates[row, i] = model.gates[i](h, None).item()
@@ -66,7 +66,7 @@ def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_toke
     """Logits, layers run and exit layer of every row equal the one-example-at-a-time reference."""
     model, batch = tiny_model(seed), tiny_batch(seed, rows=11)
     leave = None if threshold is None else entropy_below(threshold)
-    ours = infer(model, *batch, skip=skip, leave=leave, batch_tokens=batch_tokens)
+    ours = infer(model, *batch, skip=skip, criterion=leave, batch_tokens=batch_tokens)
     assert_same(ours, one_by_one(model, *batch, skip, None if threshold is None else unsure_below(threshold)))
     if skip and threshold is None:
         assert 0 < ours.ran.float().mean() < 1          # or this test would show little
@@ -77,7 +77,7 @@ def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_toke
 @torch.no_grad()
 def test_without_gates_and_exits_it_is_the_plain_encoder():
     model, batch = tiny_model(), tiny_batch()
-    outcome = infer(model, *batch, skip=False, leave=None, batch_tokens=40)
+    outcome = infer(model, *batch, skip=False, criterion=None, batch_tokens=40)
     torch.testing.assert_close(outcome.logits, model(*batch), rtol=1e-4, atol=1e-5)
     assert outcome.ran.all() and (outcome.exit == 5).all()
 
@@ -92,7 +92,7 @@ def test_layers_that_nobody_runs(shut):
         gate.out.bias.fill_(5.0 if i in shut else -5.0)
     for threshold in (None, 0.7):
         leave = None if threshold is None else entropy_below(threshold)
-        outcome = infer(model, *batch, leave=leave, batch_tokens=40)
+        outcome = infer(model, *batch, criterion=leave, batch_tokens=40)
         assert_same(outcome, one_by_one(model, *batch, True, None if threshold is None else unsure_below(threshold)))
         assert not outcome.ran[:, shut].any()
 
@@ -102,10 +102,10 @@ def test_layers_that_nobody_runs(shut):
 @torch.no_grad()
 def test_one_example_and_many_agree(skip, threshold):
     """infer_one, the method as the paper tells it, and the pooled version: answers, layers and exits of every row."""
-    model, (ids, types, mask) = tiny_model(), tiny_batch()
-    outcome = infer(model, ids, types, mask, skip=skip, leave=entropy_below(threshold), batch_tokens=40)
+    model, (ids, segment_ids, mask) = tiny_model(), tiny_batch()
+    outcome = infer(model, ids, segment_ids, mask, skip=skip, criterion=entropy_below(threshold), batch_tokens=40)
     for row, S in enumerate(mask.sum(1).tolist()):
-        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], types[row:row + 1, :S], threshold, skip)
+        logits, ran, exit = infer_one(model, ids[row:row + 1, :S], segment_ids[row:row + 1, :S], threshold, skip)
         torch.testing.assert_close(logits[0], outcome.logits[row], rtol=1e-4, atol=1e-5)
         assert ran == (outcome.ran[row].nonzero().squeeze(1) + 1).tolist() and exit == outcome.exit[row]
 
@@ -130,7 +130,7 @@ def test_criteria(name, skip):
     left = set()
     for seed in range(4):
         model, batch, (ours, theirs) = tiny_model(seed), tiny_batch(seed), CRITERIA[name]
-        outcome = infer(model, *batch, skip=skip, leave=ours, batch_tokens=40)
+        outcome = infer(model, *batch, skip=skip, criterion=ours, batch_tokens=40)
         assert_same(outcome, one_by_one(model, *batch, skip, theirs))
         left |= set(outcome.exit.tolist())
     assert min(left) < 5                                    # or this test would show nothing
@@ -168,13 +168,13 @@ def test_hard_weight_is_exact_forward_and_soft_backward():
 def test_gated_walk_mixes_input_and_output(hard):
     """h_i = (1 - g_i) layer_i(h_{i-1}) + g_i h_{i-1}; hard gates give what inference gives."""
     model, batch = tiny_model(), tiny_batch()
-    inputs, outputs, h, soft, used = gated_walk(model, *batch, hard=hard)
+    inputs, outputs, h, soft, used = gated_forward(model, *batch, hard=hard)
     for i in range(5):
         after = inputs[i + 1] if i < 4 else h
         torch.testing.assert_close(after, (1 - used[:, i, None, None]) * outputs[i] + used[:, i, None, None] * inputs[i])
     assert torch.equal(used, (soft >= 0.5).float() if hard else soft)
     if hard:
-        assert torch.equal(infer(model, *batch, leave=None).ran, used == 0)
+        assert torch.equal(infer(model, *batch, criterion=None).ran, used == 0)
 
 
 def test_contrast_by_brute_force():
@@ -191,25 +191,25 @@ def test_contrast_by_brute_force():
     torch.testing.assert_close(contrast(u.masked_fill(~mask[..., None], 9.0), v, mask, 0.5), contrast(u, v, mask, 0.5))
 
 
-def test_pushes():
+def test_skip_penalty():
     soft, used = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    assert lambda_push(0.3)(soft, used).item() == pytest.approx(0.3 / (0.5 + 0.5))
-    assert budget_push(0.1, 10.0)(soft, used).item() == pytest.approx(10 * (0.25 - 0.1) ** 2)
-    assert budget_push(0.3, 10.0)(soft, used).item() == 0          # met: no push
+    assert skip_penalty(soft, used, lam=0.3).item() == pytest.approx(0.3 / (0.5 + 0.5))
+    assert skip_penalty(soft, used, budget=0.1, budget_weight=10.0).item() == pytest.approx(10 * (0.25 - 0.1) ** 2)
+    assert skip_penalty(soft, used, budget=0.3, budget_weight=10.0).item() == 0     # met
 
 
 def test_phase1_reaches_all_it_trains_and_phase2_only_the_heads():
     """A step of phase 2 leaves everything but heads 1 .. L-1 as it was, to the bit."""
-    model, (ids, types, mask) = tiny_model(dropout=0.1).train(), tiny_batch()
+    model, (ids, segment_ids, mask) = tiny_model(dropout=0.1).train(), tiny_batch()
     labels = torch.arange(9) % 3
-    phase1_loss(model, ids, types, mask, labels, hard=True, push=lambda_push(0.1)).loss.backward()
+    phase1_loss(model, ids, segment_ids, mask, labels, hard=True, penalty=dict(lam=0.1)).loss.backward()
     untouched = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is None and n.startswith("heads")}
     assert untouched == {"0", "1", "2", "3", "4"} and model.heads[4].out.weight.grad is not None    # .project only in 4
     assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith(("bert", "gates", "projections")))
     model.zero_grad()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    phase2_loss(model, ids, types, mask, labels).backward()
+    phase2_loss(model, ids, segment_ids, mask, labels).backward()
     optimizer.step()
     for name, value in model.state_dict().items():
         trained = name.startswith("heads.") and not name.startswith("heads.4.")
@@ -240,15 +240,15 @@ def test_cost_is_what_torch_counts():
         h, tokens = torch.randn(1, S, 20), torch.tensor([S])
         assert layer_flops(model, tokens).item() == counted(lambda: model.bert.layers[0](h, None))
         for companion in (model.gates[0], model.heads[0]):
-            assert companion_flops(companion, tokens).item() == counted(lambda: companion(h, None))
-    ids, types, mask = tiny_batch()
+            assert auxiliary_flops(companion, tokens).item() == counted(lambda: companion(h, None))
+    ids, segment_ids, mask = tiny_batch()
     for row in range(9):
         S = int(mask[row].sum())
-        one, tokens = (ids[row:row + 1, :S], types[row:row + 1, :S], mask[row:row + 1, :S]), torch.tensor([S])
+        one, tokens = (ids[row:row + 1, :S], segment_ids[row:row + 1, :S], mask[row:row + 1, :S]), torch.tensor([S])
         assert plain_flops(model, tokens).item() == counted(lambda: model(*one))
         for skip in (True, False):
             for leave in (None, entropy_below(0.8)):
-                ask = dict(skip=skip, leave=leave)
+                ask = dict(skip=skip, criterion=leave)
                 outcome = infer(model, *one, **ask)
                 assert flops(model, tokens, outcome).item() == counted(
                     lambda: infer(model, *one, **ask))

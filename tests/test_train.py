@@ -193,8 +193,11 @@ def test_weights_and_vocabulary_must_fit(tmp_path, refused):
         tensors |= dict(zip(theirs, parts[ours].chunk(len(theirs))))
     torch.save({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]) + "\n")
-    refused(train.main, ["--weights", tmp_path, "--out", "run"], "6", "9", "vocab.txt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    refused(train.main, ["--weights", tmp_path, "--out", "run"], "10", "9", "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\n".join(words[:6]) + "\n")      # spare rows of embeddings: no fault
+    refused(train.main, ["--weights", tmp_path, "--out", "run"], "single layer")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"]) + "\n")
     refused(train.main, ["--weights", tmp_path, "--out", "run"], "single layer")
     assert not (tmp_path / "run").exists()
@@ -236,7 +239,8 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
         copy.mkdir(exist_ok=True)
-        (copy / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+        for name in "settings.json", "data.json":
+            (copy / name).write_bytes((finished / name).read_bytes())
         (copy / "model.pt").write_bytes(content)
         refused(evaluation.main, [copy], word)
         refused(train.main, [*SMALL, "--out", copy, "--resume"], word, "--overwrite")      # nor is it finished already
@@ -290,3 +294,39 @@ def test_other_data_than_the_runs_are_noticed(tmp_path, refused):
         refused(train.main, [*arguments, "--resume"], "another train.tsv")
     write(rows)
     evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("task", 5), ("max_length", "abc"), ("max_length", 64.5), ("held_out", None), ("seed", True), ("bf16", "yes"),
+    ("lr", float("inf")), ("gate_bias", float("nan")), ("epochs1", 10**9), ("weights", 7), ("method", "magic")])
+def test_settings_are_not_trusted(finished, tmp_path, refused, name, value):
+    """A value of another type or out of range: one line for --resume and for eval.py."""
+    for file in "settings.json", "data.json", "model.pt", "vocab.txt":
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {name: value}))
+    refused(evaluation.main, [tmp_path], "settings.json", "--overwrite")
+    refused(train.main, [*SMALL, "--resume", "--out", tmp_path], "settings.json", "--overwrite")
+
+
+def test_nobody_need_read_what_training_prints(tmp_path):
+    """Into a pipe that is closed, and with closed streams, a run is finished all the same."""
+    command = [sys.executable, str(ROOT / "train.py"), "--limit", "40", "--epochs1", "2", "--epochs2", "1",
+               "--device", "cpu", "--out"]
+    head = subprocess.Popen([*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    head.stdout.close()
+    assert b"Traceback" not in head.stderr.read() and head.wait() == 0
+    closed = subprocess.run(" ".join([*command, str(tmp_path / "b"), "<&- >&- 2>&-"]), shell=True)
+    assert closed.returncode == 0
+    assert all((tmp_path / name / "model.pt").is_file() for name in "ab")
+
+
+def test_a_run_killed_before_it_tidied_up_is_tidied_by_resume(finished, tmp_path):
+    for file in finished.iterdir():
+        if file.suffix != ".png":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in "checkpoint.pt", "phase1.pt":
+        (tmp_path / name).write_bytes(b"left over")
+    train.main([*SMALL, "--resume", "--out", str(tmp_path)])
+    assert not (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "phase1.pt").exists()
+    assert (tmp_path / "model.pt").read_bytes() == (finished / "model.pt").read_bytes()
