@@ -69,15 +69,15 @@ def test_every_tensor_is_accounted_for(tmp_path):
 
 @pytest.mark.parametrize("spoil, word", [
     (lambda f: (f / "config.json").unlink(), "config.json"),
-    (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    (lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"})), "relu"),
     (lambda f: (f / "pytorch_model.bin").unlink(), "neither"),
     (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:-3000]), "truncated"),
     (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "truncated"),
-    (lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"), "no PyTorch file"),
+    (lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"), "not a PyTorch file"),
     (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"model_type": "roberta"})), "roberta"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is no whole"),
+    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is not a whole"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 0})), "num_attention_heads 0"),
     (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"layer_norm_eps": None})), "layer_norm_eps None"),
 ])
@@ -142,6 +142,15 @@ def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
         read_config(tmp_path)
     assert f"{name} " in str(caught.value) and repr(value)[:60] in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("more", [
+    {"hidden_size": 10**6, "num_hidden_layers": 1000}, {"vocab_size": 10**7, "hidden_size": 5000},
+    {"intermediate_size": 10**7, "num_hidden_layers": 900}])
+def test_configs_of_impossible_sizes_are_refused(tmp_path, more):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | more))
+    with pytest.raises(ValueError, match="parameters is too large: correct config.json"):
+        read_config(tmp_path)
 
 
 def test_configs_in_range_are_taken(tmp_path):
@@ -238,20 +247,3 @@ def test_training_computes_what_inference_computes():
     for mask in (None, torch.arange(7) < torch.tensor([7, 4, 1])[:, None]):
         real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask
         torch.testing.assert_close(layer.train()(h, mask)[real], layer.eval()(h, mask)[real])
-
-
-@torch.no_grad()
-def test_large_batches_go_in_pieces(monkeypatch):
-    """A batch that is too large for one piece gives what each of its rows gives alone."""
-    torch.manual_seed(0)
-    layer, h = Layer(BertConfig(hidden_size=20, num_attention_heads=5, intermediate_size=28)).eval(), torch.randn(5, 7, 20)
-    mask = torch.arange(7) < torch.tensor([7, 4, 1, 6, 2])[:, None]
-    monkeypatch.setattr("bert.PIECE", 15)                   # two rows of seven tokens, but not three
-    sizes = []
-    layer.qkv.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    for m in (None, mask):
-        whole = layer(h, m)
-        assert sizes == [2, 2, 1]
-        for row in range(5):
-            torch.testing.assert_close(whole[row:row + 1], layer(h[row:row + 1], None if m is None else m[row:row + 1]))
-        sizes.clear()
