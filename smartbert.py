@@ -1,18 +1,19 @@
-"""SmartBERT: a BERT that passes by layers it does not need and stops as soon as it is sure.
+"""SmartBERT: a BERT that skips the layers it does not need and stops as soon as it is sure.
 
-Hu, Zhu, Li, Tang: "SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT Inference",
-IJCAI 2023. Every layer gets two small companions: a *skipping gate* that reads what enters the layer and says whether
-to run it for this example, and an *exit head* that reads what leaves it and says whether the answer is already sure.
+Hu, Zhu, Li, Tang: "SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT
+Inference", IJCAI 2023. Every layer gets two small modules. A *skipping gate* reads what enters the
+layer and decides whether this example runs it. An *exit head* reads what leaves the layer and
+decides whether the answer is already certain.
 
-This file follows the paper's order: gate and exit head, hard weight, cross-layer contrast, the losses of the two training
-phases, dynamic inference, its cost. "Release" means the authors' code, github HuBoren99/SmartBert, and SmartBert.py:98 is
-a line of its models/SmartBert.py, never of this file.
+This file follows the paper: gate and exit head, hard weight, inference of one example, contrast,
+the losses of the two training phases, inference of many examples, cost. "Release" means the
+authors' code (github HuBoren99/SmartBert); SmartBert.py:98 is a line of its models/SmartBert.py.
 
-Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers, C classes, N rows of a pool
-(the examples that one call of `infer` gets).
+Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
+C classes, N rows of a pool (the examples that one call of `infer` gets), n some of these rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,19 +23,20 @@ from torch import Tensor, nn
 from bert import Bert, mask_or_none
 
 
-# --- Skipping gate and exit head --------------------------------------------------------------------------------------
+# --- Skipping gate and exit head ----------------------------------------------------------------
 
 def width(hidden_size: int) -> int:
-    """W = H / 6, in steps of 8: 128 for bert-base, as in the release, and the same share of a layer at any size
-    (README, deviation 12); at least 16, or four attention heads would have too few numbers each."""
+    """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the release, and the same
+    share of a layer at any size (README, deviation 12). At least 16, for four attention heads."""
     return max(16, 8 * round(hidden_size / 48))
 
 
 class ClsAttention(nn.Module):
-    """The body that gates and heads share: shrink the tokens to W, then look at them from [CLS].
+    """The body that gates and heads share: shrink the tokens to W, then let [CLS] look at them.
 
-    The release computes the attention of every token (models/MultiheadAttention.py:33-66) and then reads [CLS] alone
-    (models/Gate.py:19). The queries of the other tokens change nothing, so only [CLS] asks here: S times fewer scores.
+    The release computes the attention of every token (models/MultiheadAttention.py:33-66) and then
+    reads [CLS] alone (models/Gate.py:19). The other queries change nothing, so only [CLS] asks
+    here.
     """
 
     def __init__(self, hidden_size: int, width: int, heads: int, dropout: float):
@@ -45,36 +47,38 @@ class ClsAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h (B, S, H), mask (B, S) or None -> what [CLS] saw (B, W), the shrunken tokens z (B, S, W)."""
+        """h (B, S, H), mask (B, S) or None -> what [CLS] saw (B, W), the tokens z (B, S, W)."""
         B, S, _ = h.shape
-        z = torch.tanh(self.inner(h))                                                   # z = tanh(W_in h)
-        q = self.query(z[:, :1]).view(B, 1, self.heads, -1).transpose(1, 2)             # (B, heads, 1, W / heads)
-        k, v = self.key_value(z).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)   # (B, heads, S, W / heads)
-        a = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0)                           # (B, heads, 1, W / heads)
+        z = torch.tanh(self.inner(h))                                       # z = tanh(W_in h)
+        # q (B, heads, 1, W / heads); k, v (B, heads, S, W / heads)
+        q = self.query(z[:, :1]).view(B, 1, self.heads, -1).transpose(1, 2)
+        k, v = self.key_value(z).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask[:, None, None, :]             # (B, 1, 1, S)
+        p = self.dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         return a.transpose(1, 2).reshape(B, -1), z
 
 
 class Gate(nn.Module):
-    """g = P(skip this layer), read from what would enter it (models/Gate.py)."""
+    """g = P(skip this layer), from what would enter the layer (models/Gate.py)."""
 
     def __init__(self, hidden_size: int, width: int, dropout: float, bias: float):
         super().__init__()
         self.body = ClsAttention(hidden_size, width, heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, bias)      # below 0: layers run at first (README, deviation 11)
+        nn.init.constant_(self.out.bias, bias)      # below 0: layers run at first (deviation 11)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H) -> g (B,)."""
         a, _ = self.body(h, mask)
-        return torch.sigmoid(self.out(a)).squeeze(1)                                    # g = sigmoid(w a + b)
+        return torch.sigmoid(self.out(a)).squeeze(1)                        # g = sigmoid(w a + b)
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """Where the contrast compares tokens (models/SmartBert.py:22-27): a space of its own, so that neighbouring layers need
-    not be made alike for it."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
+    """To the space in which the contrast compares tokens (models/SmartBert.py:21-26), so that the
+    hidden states of neighbouring layers need not become alike."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
+                         nn.Linear(width, width))
 
 
 class ExitHead(nn.Module):
@@ -85,7 +89,7 @@ class ExitHead(nn.Module):
         self.body = ClsAttention(hidden_size, width, heads=4, dropout=dropout)
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, classes)
-        self.project = projection(width, width)     # phase 2's contrast only; not run at inference
+        self.project = projection(width, width)     # for phase 2's contrast; not run at inference
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """h (B, S, H) -> logits (B, C), the shrunken tokens z (B, S, W)."""
@@ -94,9 +98,10 @@ class ExitHead(nn.Module):
 
 
 class SmartBert(nn.Module):
-    """BERT with a gate before and an exit head after each layer.
+    """BERT with a gate before each layer and an exit head after it.
 
-    bert: the encoder, used as it is; classes: C; gate_bias: where the gates start (0 is the release's even chance).
+    bert: the encoder; classes: C; gate_bias: where the gates start (0 is the release's even
+    chance).
     """
 
     def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
@@ -107,53 +112,98 @@ class SmartBert(nn.Module):
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
         self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
-        self.projections = nn.ModuleList(projection(H, W) for _ in range(L))             # phase 1's contrast
+        self.projections = nn.ModuleList(projection(H, W) for _ in range(L))    # for phase 1
         for name, p in self.named_parameters():
             if not name.startswith("bert.") and name.endswith("weight") and p.dim() > 1:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # at the scale of what comes in (deviation 13)
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the scale (deviation 13)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
-        """Plain BERT: every layer, the last head. ids, segment_ids, mask (B, S) -> logits (B, C)."""
-        logits, _ = self.heads[-1](self.bert(ids, segment_ids, mask)[-1], mask_or_none(mask))
+        """Plain BERT: every layer, then the last head. ids, ... (B, S) -> logits (B, C)."""
+        h = self.bert(ids, segment_ids, mask)[-1]                           # (B, S, H)
+        logits, _ = self.heads[-1](h, mask_or_none(mask))
         return logits
 
 
-# --- Hard weight ------------------------------------------------------------------------------------------------------
+# --- Hard weight --------------------------------------------------------------------------------
 
 def hard_weight(g: Tensor) -> Tensor:
-    """1 where the layer is skipped, 0 where it runs; backwards as if nothing had been rounded (SmartBert.py:98-100).
+    """1 where the layer is skipped, 0 where it runs; the gradient is that of g
+    (SmartBert.py:98-100).
 
-    `hard` is a constant to autograd; the bracket is 0 in value and has the gradient of the soft g (a straight-through
-    estimator). Written so, not as g + (hard - g).detach(), the value is exactly 0 or 1, with no rounding error.
+    A straight-through estimator: `hard` is a constant to autograd; the bracket is 0 in value and
+    has the gradient of the soft g. In this order the value is exactly 0 or 1, without a rounding
+    error.
     """
     hard = (g >= 0.5).to(g.dtype)
     return hard + (g - g.detach())
 
 
-# --- Cross-layer contrast ---------------------------------------------------------------------------------------------
+# --- Dynamic inference: one example -------------------------------------------------------------
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum_c p_c ln p_c of p = softmax(logits), in nats: (..., C) -> (...). 0 is certain, ln C is
+    a guess (SmartBert.py:174-176)."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.inference_mode()
+def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: float,
+              skip: bool = True) -> tuple[Tensor, list[int], int]:
+    """SmartBERT as the paper describes it: one example, one layer after another
+    (SmartBert.py:160-183).
+
+    ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
+    Returns logits (1, C), the layers that ran and the layer of the exit, counted from 1.
+    """
+    L, ran = len(model.bert.layers), []
+    h = model.bert.embeddings(ids, segment_ids)                             # h_0 (1, S, H)
+    for i in range(L):
+        # Skipping gate: g_i = sigmoid(w a + b) is the probability of skipping layer i.
+        # Hard weight: h_i = h_{i-1} where g_i >= 1/2; then there is nothing to compute.
+        if skip and model.gates[i](h, None) >= 0.5:
+            continue
+        h = model.bert.layers[i](h, None)                             # h_i = layer_i(h_{i-1})
+        ran.append(i + 1)
+        if i == L - 1:
+            break
+        # Exit head: stop where the entropy of its answer is below the threshold.
+        logits, _ = model.heads[i](h, None)                                 # (1, C)
+        if entropy(logits) < threshold:
+            return logits, ran, i + 1
+    # No early exit: the last head answers, also where the last layer was skipped.
+    logits, _ = model.heads[-1](h, None)
+    return logits, ran, L
+
+
+# --- Cross-layer contrast -----------------------------------------------------------------------
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """The loss of telling a token in the next layer from the others of its example (SmartBert.py:112-122).
+    """The loss of finding a token of one layer among the tokens of the next
+    (SmartBert.py:112-122).
 
-        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] ),   s[t,t'] = exp(cos(u_t, v_t') / tau)
+        contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] )
+        s[t,t']  = exp( cos(u_t, v_t') / tau )
 
-    u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is neither a token to be
-    found nor a negative (the release counts it: README, deviation 1). Returns a scalar.
+    u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is
+    neither a token to be found nor a negative (the release counts it: deviation 1). Returns a
+    scalar.
     """
-    log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau       # (B, S, S)
+    log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
-    losses = log_s.logsumexp(dim=-1) - log_s.diagonal(dim1=1, dim2=2)                   # (B, S)
+    losses = log_s.logsumexp(dim=-1) - log_s.diagonal(dim1=1, dim2=2)       # (B, S)
     return losses[mask].mean()
 
 
-# --- Phase 1: backbone, gates and last head ---------------------------------------------------------------------------
+# --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
-def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool, depth: int | None = None) -> tuple:
-    """Run the layers (all, or layers[:depth]) and mix its output with its input as the gate says (SmartBert.py:91-103).
+def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
+                  depth: int | None = None) -> tuple:
+    """Run all layers, or layers[:depth], and mix each output with its input (SmartBert.py:91-103).
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 
-    Also a skipped layer is run here: its gate learns from what the layer would have changed.
+    A skipped layer runs here too: its gate learns from what the layer would have changed.
     Returns inputs [h_0 .. h_{L-1}], raw outputs [layer_i(h_{i-1})], h_L (each (B, S, H)),
     soft gates (B, L) and the gates as they were used (B, L).
     """
@@ -162,19 +212,19 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         inputs.append(h)
         outputs.append(layer(h, m))
-        soft.append(gate(h, m))                                                         # (B,)
+        soft.append(gate(h, m))                                             # (B,)
         used.append(hard_weight(soft[-1]) if hard else soft[-1])
-        g = used[-1][:, None, None]                                                     # (B, 1, 1)
+        g = used[-1][:, None, None]                                         # (B, 1, 1)
         h = (1 - g) * outputs[-1] + g * h
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
 
 def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1.0,
                  budget_weight: float = 0.0) -> Tensor:
-    """What drives the gates to skip, from soft gates and gates as used (each (B, L)) to a scalar.
+    """What makes the gates skip. soft gates and gates as used, each (B, L) -> a scalar.
 
-        paper:  lambda / sum_i mean_batch(g_i)               small when layers are skipped (SmartBert.py:110)
-        ours:   weight * max(0, share of layers run - budget)^2    0 once no more layers run than asked for
+        paper:  lambda / sum_i mean_batch(g_i)        smaller with more skipping (SmartBert.py:110)
+        ours:   weight * max(0, share of layers run - budget)^2     0 within the budget
 
     The paper's sum stays soft when the gates are hard (SmartBert.py:96); ours counts what runs.
     """
@@ -185,7 +235,7 @@ def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1
 
 @dataclass
 class Phase1:
-    """What phase 1's loss is made of: scalars, and run: 1 - g as used, for each row and layer (B, L)."""
+    """Phase 1's loss and its parts (scalars); run (B, L): 1 - g as used, of each row and layer."""
     loss: Tensor
     task: Tensor
     penalty: Tensor
@@ -193,12 +243,12 @@ class Phase1:
     run: Tensor
 
 
-def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor, *,
-                hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
+def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
+                *, hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    (SmartBert.py:105-123.) u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L - 1 pairs
-    of neighbours, and is their sum. penalty: lam, budget and budget_weight of `skip_penalty`; {} is none.
+    (SmartBert.py:105-123.) u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L -
+    1 pairs of neighbours, and is their sum. penalty: lam, budget, budget_weight of `skip_penalty`.
     ids, segment_ids, mask (B, S), labels (B,).
     """
     inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard)
@@ -207,21 +257,22 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     penalised = skip_penalty(soft, used, **penalty)
     contrasted = task.new_zeros(())
     if eta1:
-        u = [project(x) for project, x in zip(model.projections, inputs)]               # L tensors (B, S, W)
+        u = [project(x) for project, x in zip(model.projections, inputs)]   # L tensors (B, S, W)
         contrasted = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
     loss = (1 - eta1) * (task + penalised) + eta1 * contrasted
     return Phase1(loss, task, penalised, contrasted, 1 - used)
 
 
-# --- Phase 2: the exit heads ------------------------------------------------------------------------------------------
+# --- Phase 2: the exit heads --------------------------------------------------------------------
 
-def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor, *,
-                eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
-    """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})   (SmartBert.py:125-155)
+def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
+                *, eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
+    """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    For heads 1 .. L-1; u_i = project_i(z_i), the tokens as head i has shrunk them. Unlike phase 1's it is a mean over pairs.
-    Walks the hard-gated path with everything but these heads frozen, and shows each head its layer's raw output, also
-    where the layer was skipped. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
+    (SmartBert.py:125-155.) For heads 1 .. L-1; u_i = project_i(z_i), the tokens as head i has
+    shrunk them. Unlike phase 1's, this contrast is a mean over pairs. The path is the hard-gated
+    one and all but these heads is frozen. Each head sees the raw output of its layer, even where
+    it was skipped. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
     """
     with torch.no_grad():
         _, outputs, _, _, _ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=-1)
@@ -230,184 +281,158 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
     if not eta2 or len(results) < 2:
         return (1 - eta2) * task
-    u = [head.project(z) for head, (_, z) in zip(model.heads, results)]                 # L - 1 tensors (B, S, W)
+    u = [head.project(z) for head, (_, z) in zip(model.heads, results)]     # each (B, S, W)
     contrasted = sum(contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])) / (len(u) - 1)
     return (1 - eta2) * task + eta2 * contrasted
 
 
-# --- When to leave ------------------------------------------------------------------------------------------------------
+# --- Exit criteria ------------------------------------------------------------------------------
 
-# A criterion gets, for the n rows that have just met head i, history (n, i, C): the logits of heads 1 .. i, NaN where a row
-# skipped that layer (head i's own are always there); and rows (n,), their places in the pool. It gives (n,) bool: True
-# leaves. SmartBERT's is entropy; the others are its family.
+# An exit criterion decides for the n rows that have just met head i. It gets history (n, i, C),
+# the logits of heads 1 .. i, with NaN where a row skipped the layer (never at head i itself), and
+# rows (n,), their places in the pool. It returns (n,) bool: True exits. SmartBERT's is the
+# entropy.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Natural-log entropy of softmax(logits), (..., C) -> (...); 0 is certain, ln C is a guess (SmartBert.py:174-176)."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 def entropy_below(threshold: float) -> Criterion:
-    """Leave when the entropy is strictly below the threshold (SmartBERT as DeeBERT, Xin et al. 2020)."""
+    """Exit when the entropy is strictly below the threshold (DeeBERT, Xin et al. 2020)."""
     return lambda history, rows: entropy(history[:, -1]) < threshold
 
 
 def probability_above(threshold: float) -> Criterion:
-    """Leave when the likeliest class is likelier than the threshold (The Right Tool, Schwartz et al. 2020)."""
+    """Exit when the highest probability is above the threshold (Schwartz et al. 2020)."""
     return lambda history, rows: history[:, -1].softmax(-1).amax(-1) > threshold
 
 
 def patience(times: int) -> Criterion:
-    """Leave when a head is the `times`-th in a row to repeat its predecessor's answer (PABEE, Zhou et al. 2020). A head
-    that was passed by has no say."""
-    def leave(history: Tensor, rows: Tensor) -> Tensor:
+    """Exit when `times` heads in a row have repeated their predecessor's answer (PABEE, Zhou et
+    al. 2020). The head of a skipped layer does not count."""
+    def criterion(history: Tensor, rows: Tensor) -> Tensor:
         agreed = torch.zeros(len(history), dtype=torch.long, device=history.device)
         last = torch.full_like(agreed, -1)
-        for logits in history.unbind(1):                                                # (n, C), layer after layer
+        for logits in history.unbind(1):                                    # layer by layer (n, C)
             met, answer = ~logits[:, 0].isnan(), logits.argmax(-1)
             agreed = torch.where(met, torch.where(answer == last, agreed + 1, 0), agreed)
             last = torch.where(met, answer, last)
         return agreed >= times
-    return leave
+    return criterion
 
 
 def fixed_layer(layer: int) -> Criterion:
-    """Everybody leaves at the first head from this layer (from 1) on: a shallower BERT. It would not ask the heads before,
-    but `infer` does; who compares costs takes them out (eval.measure)."""
+    """Every row exits at the first head from this layer (from 1) on: a shallower BERT. It would
+    not ask the heads before; whoever compares costs leaves those out (eval.measure)."""
     return lambda history, rows: torch.full_like(rows, history.shape[1] >= layer, dtype=torch.bool)
 
 
 def first_correct(labels: Tensor) -> Criterion:
-    """The oracle: leave at the first head that is right. It looks at the labels (N,) of the pool, so it is no criterion
-    but a bound: with these heads none is right more often. Where no head is right it runs to the end, so its cost is none."""
+    """The oracle: exit at the first head that is right. It sees the labels (N,) of the pool, so it
+    is not a method but a bound: no criterion over these heads is right more often. Where no head
+    is right it runs to the end, so its cost is not a bound."""
     return lambda history, rows: history[:, -1].argmax(-1) == labels[rows]
 
 
-# --- Dynamic inference: one example -----------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: float, skip: bool = True) -> tuple:
-    """SmartBERT as the paper tells it: one example, one layer after the other (SmartBert.py:160-183).
-
-    ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
-    Returns logits (1, C), the layers that ran and the layer at which the example left, counted from 1.
-    """
-    L, ran = len(model.bert.layers), []
-    h = model.bert.embeddings(ids, segment_ids)                                         # h_0 (1, S, H)
-    for i in range(L):
-        # Skipping gate: g_i = sigmoid(w a + b), the probability that this example skips layer i.
-        # Hard weight: h_i = h_{i-1} where g_i >= 1/2, and then there is nothing to compute.
-        if skip and model.gates[i](h, None) >= 0.5:
-            continue
-        h = model.bert.layers[i](h, None)                                               # h_i = layer_i(h_{i-1})
-        ran.append(i + 1)
-        if i == L - 1:
-            break
-        # Exit head: leave where the entropy -sum_c p_c ln p_c of its answer is below the threshold.
-        logits, _ = model.heads[i](h, None)                                             # (1, C)
-        if entropy(logits) < threshold:
-            return logits, ran, i + 1
-    # Never sure: the last head answers, also where the last layer was skipped.
-    logits, _ = model.heads[-1](h, None)
-    return logits, ran, L
-
-
-# --- Dynamic inference: the same for many at once ---------------------------------------------------------------------
+# --- Dynamic inference: many examples -----------------------------------------------------------
 
 @dataclass
 class Outcome:
-    """What became of a pool of N rows, in the order they were given. Layers count from 1."""
+    """What happened to the N rows of a pool, in their given order. Layers count from 1."""
     logits: Tensor      # (N, C)
-    ran: Tensor         # (N, L) bool: the layers each row ran
-    exit: Tensor        # (N,) long: the layer at which it left; L for those who reached the end
-    gates: Tensor       # (N, L): the gates it asked, NaN elsewhere
-    history: Tensor     # (N, L, C): the answers of the heads it met, NaN elsewhere
+    ran: Tensor         # (N, L) bool: the layers that each row ran
+    exit: Tensor        # (N,) long: the layer of its exit; L for a row that reached the end
+    gates: Tensor       # (N, L): the gates that were asked, NaN elsewhere
+    history: Tensor     # (N, L, C): the answers of the heads that were asked, NaN elsewhere
+
+
+def full_batches(rows: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tuple]:
+    """Cut rows (n,) of a pool into batches of at most batch_tokens tokens, padding included, or of
+    one row. mask (N, S). Yields a batch's rows, the length s of the longest and the mask."""
+    lengths = mask[rows].sum(1).tolist()
+    start, s = 0, 0
+    for end in range(len(lengths) + 1):
+        full = end == len(lengths) or max(s, lengths[end]) * (end - start + 1) > batch_tokens
+        if full and end > start:
+            batch = rows[start:end]
+            yield batch, s, mask_or_none(mask[batch, :s])
+            start, s = end, 0
+        if end < len(lengths):
+            s = max(s, lengths[end])
 
 
 @torch.inference_mode()
 def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, skip: bool = True,
           criterion: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
-    """Dynamic inference on a whole pool: at each layer only the rows that run it are computed.
+    """`infer_one` for a whole pool: each layer computes only the rows that run it.
 
-    A batch that shrinks as its rows skip and leave soon computes two or three rows at a time, and the processor idles.
-    So the rows of a pool wait in front of a layer, and those that run it pass in full batches of like length: full means
-    batch_tokens, so that long rows, of which few are alike, go in small batches with little padding.
+    A batch shrinks as its rows skip layers and exit, and a batch of two or three rows wastes the
+    processor. So the rows of a pool wait before a layer, and those that run it pass in full
+    batches of similar length.
 
-    ids, segment_ids, mask (N, S), best sorted by length: a batch is cut to its longest row. skip: ask the gates; criterion: the
-    exit criterion, asked after every layer that ran but the last, or None for no exits. Who is never sure takes the last head,
-    also when the last layer was skipped (SmartBert.py:160-183; there one row at a time). The model must be in eval mode.
+    ids, segment_ids, mask (N, S), best sorted by length. skip: ask the gates. criterion: asked
+    after every layer that ran but the last; None: no exits. A row that never exits takes the last
+    head, even where it skipped the last layer. The model must be in eval mode.
     """
-    N, L, device = len(ids), len(model.bert.layers), ids.device
-    lengths = mask.sum(1).tolist()
+    N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)
     exits = torch.full((N,), L, device=device)
     gates = torch.full((N, L), torch.nan, device=device)
-    history = torch.full((N, L, model.heads[-1].out.out_features), torch.nan, device=device)
-
-    def in_batches(rows: Tensor):
-        """rows (n,) of the pool -> pieces whose tokens, padding and all, fit batch_tokens (or of one row): the rows, the
-        length of the longest, their mask."""
-        order, start, longest = rows.tolist(), 0, 0
-        for end, row in enumerate(order):
-            if end > start and max(longest, lengths[row]) * (end - start + 1) > batch_tokens:
-                yield rows[start:end], longest, mask_or_none(mask[rows[start:end], :longest])
-                start, longest = end, 0
-            longest = max(longest, lengths[row])
-        if order:
-            yield rows[start:], longest, mask_or_none(mask[rows[start:], :longest])
+    history = torch.full((N, L, C), torch.nan, device=device)
+    # Zeros in the padding: attention gives it no weight, but 0 * NaN would still be NaN.
+    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     waiting = torch.arange(N, device=device)
-    # zeros: what stands in padding gets no weight in attention, but no weight times NaN would still be NaN
-    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)          # (N, S, H)
-    for rows, s, _ in in_batches(waiting):
+    for rows, s, _ in full_batches(waiting, mask, batch_tokens):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
     for i, layer in enumerate(model.bert.layers):
         running = waiting
-        if skip and len(waiting):
-            g = torch.cat([model.gates[i](h[rows, :s], m) for rows, s, m in in_batches(waiting)])
-            gates[waiting, i] = g.float()
-            running = waiting[g < 0.5]
-        for rows, s, m in in_batches(running):
-            out = layer(h[rows, :s], m)                                                 # (n, s, H)
-            h[rows, :s] = out
+        if skip:
+            for rows, s, m in full_batches(waiting, mask, batch_tokens):
+                gates[rows, i] = model.gates[i](h[rows, :s], m).float()     # (n,)
+            running = waiting[gates[waiting, i] < 0.5]
+        for rows, s, m in full_batches(running, mask, batch_tokens):
+            h[rows, :s] = layer(h[rows, :s], m)                             # (n, s, H)
             ran[rows, i] = True
             if criterion is not None and i < L - 1:
-                history[rows, i] = model.heads[i](out, m)[0].float()
-                leaving = criterion(history[rows, :i + 1], rows)                            # (n,)
-                exits[rows[leaving]] = i + 1                                            # layers count from 1
+                history[rows, i] = model.heads[i](h[rows, :s], m)[0].float()    # (n, C)
+                leaving = criterion(history[rows, :i + 1], rows)            # (n,)
+                exits[rows[leaving]] = i + 1
         waiting = waiting[exits[waiting] == L]
-    for rows, s, m in in_batches(waiting):                  # never sure, or no exits: the last head
+    for rows, s, m in full_batches(waiting, mask, batch_tokens):            # no early exit
         history[rows, -1] = model.heads[-1](h[rows, :s], m)[0].float()
     return Outcome(history[torch.arange(N, device=device), exits - 1], ran, exits, gates, history)
 
 
-# --- Cost -------------------------------------------------------------------------------------------------------------
+# --- Cost ---------------------------------------------------------------------------------------
 
 def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of one layer on rows of so many real tokens, (N,) -> (N,). A multiply-add is two.
 
-        2 S (4 H^2 + 2 H I) + 4 S^2 H   which is   24 S H^2 + 4 S^2 H   where I = 4H
+        2 S (4 H^2 + 2 H I) + 4 S^2 H       which is    24 S H^2 + 4 S^2 H    where I = 4H
     """
     H, I = model.bert.config.hidden_size, model.bert.config.intermediate_size
     return 2 * tokens * (4 * H * H + 2 * H * I) + 4 * tokens**2 * H
 
 
 def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
-    """FLOPs of one gate or one exit head, (N,) -> (N,): shrink, keys and values, one query and its attention, output."""
+    """FLOPs of one gate or one exit head, (N,) -> (N,): shrink the tokens, their keys and values,
+    one query and its attention, the output."""
     W, H = module.body.inner.weight.shape
-    outputs = 2 * W * module.out.out_features + (2 * W * W if isinstance(module, ExitHead) else 0)
+    outputs = 2 * W * module.out.out_features
+    if isinstance(module, ExitHead):
+        outputs += 2 * W * W
     return 2 * tokens * (H * W + 2 * W * W) + 2 * W * W + 4 * tokens * W + outputs
 
 
 def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
-    """FLOPs of each row of a pool as it went: layers run, gates asked, heads met. tokens (N,) real -> (N,)."""
-    gates, heads = (~outcome.gates.isnan()).sum(1), (~outcome.history[:, :, 0].isnan()).sum(1)
-    return (layer_flops(model, tokens) * outcome.ran.sum(1) + auxiliary_flops(model.gates[0], tokens) * gates
+    """FLOPs of each row of a pool: its layers, gates and heads. tokens (N,) real -> (N,)."""
+    gates = (~outcome.gates.isnan()).sum(1)                                 # asked, (N,)
+    heads = (~outcome.history[:, :, 0].isnan()).sum(1)
+    return (layer_flops(model, tokens) * outcome.ran.sum(1)
+            + auxiliary_flops(model.gates[0], tokens) * gates
             + auxiliary_flops(model.heads[0], tokens) * heads)
 
 
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
-    return layer_flops(model, tokens) * len(model.bert.layers) + auxiliary_flops(model.heads[-1], tokens)
+    layers = layer_flops(model, tokens) * len(model.bert.layers)
+    return layers + auxiliary_flops(model.heads[-1], tokens)
