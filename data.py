@@ -220,6 +220,26 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
     return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
 
 
+def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
+    """The user's own examples, without labels: a text, or the two of a pair; or from a file (- is
+    standard input) a line each, the two of a pair with a tab between them. Raises UserError."""
+    if texts:
+        lines = ["\t".join(texts)]
+    else:
+        lines = read_lines(Path(path), "name a file with a sentence a line, or - for standard input")
+    pair, examples = bool(task.columns and task.columns[1]), []
+    wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
+    for number, line in enumerate(lines, 1):
+        parts = line.split("\t")
+        if len(parts) != 1 + pair or not all(part.strip() for part in parts):
+            raise UserError(f"example {number} is {quote(' | '.join(parts))}, but {task.name} takes "
+                            f"{wanted}: in quotes on the command line, a line each in a file")
+        if any("\ud800" <= character <= "\udfff" for character in line):
+            raise UserError(f"example {number} is not UTF-8 text: give it in that encoding")
+        examples.append((parts[0], parts[1] if pair else None))
+    return Split(examples, [0] * len(examples))
+
+
 # --- From the network to the disk -------------------------------------------------------------------------------------
 
 def cache_dir(folder: str | Path | None = None) -> Path:

@@ -304,6 +304,20 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
     return asdict(settings), model.to(device).eval()
 
 
+def part(split: Split, settings: dict) -> tuple[Split, Split, Split]:
+    """A training set as a run uses it: all of it up to --limit, what it trains on, what it holds out."""
+    whole = split.select(range(len(split))[:settings["limit"]])
+    return whole, *data.hold_out(whole, settings["held_out"], settings["seed"])
+
+
+def of_result(settings: dict) -> dict:
+    """The settings that decide on a run's result; of the weights only the name."""
+    plain = settings["method"] == "bert"
+    left_out = OF_A_MACHINE | (OF_SMARTBERT if plain else set())
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    return kept | {"weights": settings["weights"] and Path(settings["weights"]).name}
+
+
 def identify(training: Split, held: Split) -> dict:
     """What a run remembers of its data, in data.json: digests of the training set (as far as --limit
     goes) and of the held-out part, and whether the file was a partial one."""
@@ -486,8 +500,7 @@ def train(settings: Settings) -> Path:
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
     splits = {name: data.encode(tokenizer, split, settings.max_length)
               for name, split in splits.items()}
-    whole = splits["train"].select(range(len(splits["train"]))[:settings.limit])
-    training, held = data.hold_out(whole, settings.held_out, settings.seed)
+    whole, training, held = part(splits["train"], asdict(settings))
     judge, judged = ("held-out", held) if len(held) else (task.devs[0], splits[task.devs[0]])
     if judge != "held-out":
         say(f"warning: nothing is held out, so {judge} picks the epoch that it then judges")

@@ -1,6 +1,8 @@
-"""The pictures of a run (`python eval.py RUN --plot`) and what the study's picture shares with them."""
+"""The pictures of a run (`python eval.py RUN --plot`) and what the study's picture shares with
+them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ BLUE, ORANGE, GREEN, GRAY, YELLOW = "#0072B2", "#E69F00", "#009E73", "#999999", 
 
 def canvas():
     """matplotlib's pyplot, set to be read from the last row of a lecture hall."""
-    import matplotlib.pyplot as plt                         # here: nothing else needs it
-    plt.switch_backend("Agg")
+    os.environ["MPLBACKEND"] = "Agg"            # a notebook's backend may not be there
+    import matplotlib.pyplot as plt             # here: nothing else needs it
     plt.rcParams.update({
         "font.size": 14, "figure.figsize": (8, 5), "savefig.dpi": 200, "savefig.bbox": "tight", "axes.grid": True,
         "grid.alpha": 0.3, "axes.axisbelow": True, "image.aspect": "auto", "image.origin": "lower",
@@ -33,8 +35,10 @@ def picture(plt, path: Path) -> None:
 
 
 def plot(folder: Path, title: str, rows: list, points: list, row, outcome: Outcome, others: list, metric: str) -> None:
-    """PNG files in a run's folder: score over FLOPs, skips and exits by layer, what became of each example, the training,
-    and the exit criteria where others holds them. points: the modes at every threshold of a fine grid. row, outcome: what to show of the dev set by layer. All rows are eval.Row."""
+    """PNG files in a run's folder: score over FLOPs, skips and exits by layer, what became of each
+    example, the training, and the exit criteria where others holds them. points: the modes at
+    every threshold of a fine grid. row, outcome: what to show of the dev set by layer. All rows
+    are eval.Row."""
     plt = canvas()
     N, L = outcome.ran.shape
     layer = np.arange(1, L + 1)
@@ -63,7 +67,8 @@ def plot(folder: Path, title: str, rows: list, points: list, row, outcome: Outco
     finish("layers.png", xlabel="layer", ylabel="share of examples", title=f"{title}: {row}", xticks=layer, ylim=(0, 1))
 
     left, ran = outcome.exit.numpy()[:, None], outcome.ran.numpy()                      # (N, 1), (N, L)
-    # 0: not reached, 1: skipped, 2: run, 3: run, then left; at layer L nobody leaves, it is the end.
+    # 0: not reached, 1: skipped, 2: run, 3: run, then left; at layer L nobody leaves, it is the
+    # end.
     became = 1 * (left >= layer) + ran + ((left == layer) & (layer < L))
     plt.imshow(became[np.lexsort((left[:, 0], ran.sum(1)))].T, vmin=-0.5, vmax=3.5, extent=(0, N, 0.5, L + 0.5),
                cmap=plt.matplotlib.colors.ListedColormap(["white", YELLOW, BLUE, "black"]))     # each example a column

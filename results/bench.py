@@ -3,9 +3,10 @@
     python results/bench.py --weights FOLDER --data-dir FOLDER             # FOLDER/RTE/dev.tsv, FOLDER/SST-2/dev.tsv, ...
     python results/bench.py --weights FOLDER --data-dir FOLDER --json bench.json --runs runs/rte runs/sst2
 
-Hugging Face's transformers is the peer where it is installed; without it those rows are left out. A ratio above 1 means that
-ours is faster. With --runs, the dynamic inference of trained runs: speed-up in seconds over speed-up in FLOPs, both against
-plain BERT here. Run it on an idle machine; it takes some ten minutes on two cores.
+Hugging Face's transformers is the peer where it is installed; without it those rows are left out.
+A ratio above 1 means that ours is faster. With --runs, the dynamic inference of trained runs:
+speed-up in seconds over speed-up in FLOPs, both against plain BERT here. Run it on an idle
+machine; it takes some ten minutes on two cores.
 """
 
 import argparse
@@ -82,7 +83,8 @@ def main() -> None:
     print(f"{figures['machine']}, {figures['threads']} threads, {device}, torch {torch.__version__}, fp32; seconds are medians of "
           f"{rounds} passes\nin turn; FLOPs count layers, attention, gates and heads on real tokens")
     print(f"{'what / against what':<74} {'ours':>8}    {'other':>8}    {'ratio':>6}")
-    # The machine's peak: matrix products of a layer's sizes, against a plain forward of 32 x 128 real tokens.
+    # The machine's peak: matrix products of a layer's sizes, against a plain forward of 32 x 128
+    # real tokens.
     model.eval()
     H, I, L = model.bert.config.hidden_size, model.bert.config.intermediate_size, len(model.bert.layers)
     ids = torch.randint(1000, 20000, (32, 128), device=device)
@@ -95,15 +97,16 @@ def main() -> None:
             torch.mm(y if len(matrix) == I else x, matrix)
 
     def products_of(batches):
-        """The layers' four products on these batches as they are padded, biases added, and nothing else: what is left when
-        everything else costs nothing."""
+        """The layers' four products on these batches as they are padded, biases added, and nothing
+        else: what is left when everything else costs nothing."""
         for b in batches:
             for matrix in matrices * L:
                 torch.addmm(matrix[0], (y if len(matrix) == I else x)[:b.ids.numel()], matrix)
 
     with torch.inference_mode():
         ours, peak = in_turn(lambda: model(*full), products, rounds=rounds)
-        # the products leave out attention's own, so the share of the peak counts what the forward really multiplies
+        # the products leave out attention's own, so the share of the peak counts what the forward
+        # really multiplies
         share = peak * (24 * H * H + 4 * 128 * H) / (24 * H * H)
         note("plain forward, 32 x 128 tokens / the same products in torch.mm", ours, share)
     for task in ("rte", "sst2"):
@@ -122,7 +125,8 @@ def main() -> None:
             note(f"{task}: plain forward, identical padded batches of 32 / transformers", same, theirs)
             note(f"{task}: the bound, those batches' matrix products and nothing else / transformers", floor, theirs)
             note(f"{task}: whole dev set as each would run it / transformers", plain, theirs)
-    # Training: a step of ours against plain fine-tuning of the peer, on the same batches, dropout on in both.
+    # Training: a step of ours against plain fine-tuning of the peer, on the same batches, dropout
+    # on in both.
     training = data.encode(tokenizer, data.load_task("rte", arguments.data_dir)["train"])
     some = [data.collate(training, rows).to(device) for rows in data.batch_indices(training, 32, seed=1)[:6]]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
@@ -162,18 +166,18 @@ def main() -> None:
         task = data.find_task(settings["task"])
         split = data.load_task(task.name, arguments.data_dir)[task.devs[0]]
         split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
-        ways = [evaluation.InferenceMode("plain"), evaluation.InferenceMode("skip")]
-        ways += [evaluation.InferenceMode(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
-        walks = evaluation.walk(trained, split, device, {way.mode for way in ways})
+        ways = [evaluation.OperatingPoint("plain"), evaluation.OperatingPoint("skip")]
+        ways += [evaluation.OperatingPoint(mode, e) for mode in ("exit", "both") for e in (0.03, 0.07, 0.14, 0.28, 0.42)]
+        walks = evaluation.walk(trained, split, ways)
         rows = [evaluation.measure(trained, split, task, walks, way) for way in ways]
-        evaluation.clock(trained, split, rows, device, rounds)
+        evaluation.clock(trained, split, rows, rounds)
         for row in rows[1:]:
             note(f"{task.name} {row}: {1 / row.flops:.2f}x in FLOPs / in seconds", row.seconds, rows[0].seconds * row.flops)
-        every = evaluation.fine_grid(walks, [evaluation.InferenceMode("exit"), evaluation.InferenceMode("both")])
+        every = evaluation.fine_grid(walks, [evaluation.OperatingPoint("exit"), evaluation.OperatingPoint("both")])
         some_ways = [way for mode in ("exit", "both") for way in [w for w in every if w.mode == mode][::10]]
 
         def by_walks():
-            walks = evaluation.walk(trained, split, device, {"exit", "both"})
+            walks = evaluation.walk(trained, split, some_ways)
             for way in some_ways:
                 evaluation.measure(trained, split, task, walks, way)
 

@@ -1,90 +1,179 @@
-"""The table and the picture of a study: mean and spread over the seeds, beside plain BERT.
+"""The tables and the picture of a study: mean and spread over seeds, beside plain BERT.
 
-    python results/study.py results/*-*.json                            # the table
-    python results/study.py results/*-*.json --target-speedup 2.5       # thresholds for two fifths of the FLOPs
-    python results/study.py results/*-*.json --plot                     # study.png beside the first file
+    python results/study.py results/*-*.json                        # at the chosen thresholds
+    python results/study.py results/*-*.json --target-speedup 2.5   # for two fifths of the FLOPs
+    python results/study.py results/*-*.json --at 0.3 0.4 0.5       # at equal FLOPs
+    python results/study.py results/*-*.json --plot                    # study.png beside the first
 
 Each file is an eval.json that eval.py wrote, or the folder of a run that holds one.
 """
 
 import argparse
 import importlib.util
+import json
 import math
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import MAX_DROP, Row, at_cost, choose, read_result
 from data import UserError
+from eval import MAX_DROP, MODES, Row, at_cost, choose
+
+# Settings of older files under their present names.
+FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}
 
 
-def read_study(paths: list[str], max_drop: float = MAX_DROP, speedup: float | None = None) -> dict[tuple, list[list[Row]]]:
-    """The eval.json of a study's runs: (data, weights, method, what is unusual) -> the rows of each seed, each run with the
-    thresholds that `choose` takes. Raises UserError."""
+@dataclass
+class Result:
+    """One eval.json. kind: task and split, weights, method; curve: rows, or finer points where the
+    file has them, of each mode with exits as (flops, score)."""
+    kind: tuple[str, str, str]
+    settings: dict
+    rows: list[Row]
+    curves: dict[str, list[tuple[float, float]]]
+
+
+def read_result(path: Path) -> Result:
+    """Raises UserError for a file that is missing, damaged or of another version."""
+    advice = "evaluate its run with eval.py, and name that file or folder"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in result["rows"]]
+        for row in rows:
+            numbers = [row.score, row.layers, row.flops, row.seconds]
+            for number in (row.threshold, row.held_out, row.held_out_flops):
+                numbers += [number] * (number is not None)
+            if row.mode not in MODES or not all(math.isfinite(number) for number in numbers):
+                raise ValueError
+        if rows[0].mode != "plain":
+            raise ValueError
+        points = [(row.mode, row.flops, row.score) for row in rows]
+        points += [(point["mode"], point["flops"], point["score"])
+                   for point in result.get("curve", [])]
+        curves = {}
+        for mode, flops, score in points:
+            curves.setdefault(mode, []).append((flops, score))
+        settings = {FORMER_NAMES.get(name, name): value
+                    for name, value in result["settings"].items()}
+        data = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
+        kind = (data, settings["weights"] or "", settings["method"])
+        return Result(kind, settings, rows, curves)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is not an eval.json of this version: {advice}")
+
+
+def read_study(paths: list[str], max_drop: float = MAX_DROP,
+               speedup: float | None = None) -> dict[tuple, list[Result]]:
+    """The eval.json files of a study: (data, weights, method, what is unusual) -> its seeds, each
+    with the rows that `choose` takes. Raises UserError."""
     files = [path / "eval.json" if path.is_dir() else path for path in map(Path, paths)]
-    runs, study = [read_result(path) for path in files], {}
-    for path, (kind, settings, rows) in zip(files, runs):
-        choose(rows, max_drop, speedup)
-        if not any(row.chosen for row in rows):
-            raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; leave it out")
-        # A run is named by what it has otherwise than most of its kind; where these are half, than what has no such flag.
-        alike = [other for other_kind, other, _ in runs if other_kind == kind]
-        differ = "".join(f" {key}={value}" for key, value in settings.items()
-                         if key != "seed" and value != statistics.mode(sorted((other.get(key) for other in alike), key=bool)))
-        study.setdefault((*kind, differ), []).append(rows)
+    results, study = [read_result(path) for path in files], {}
+    for path, result in zip(files, results):
+        choose(result.rows, max_drop, speedup)
+        if not any(row.chosen for row in result.rows):
+            raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; "
+                            f"leave it out")
+        # A run is named by its settings that differ from most of its kind.
+        alike = [other.settings for other in results if other.kind == result.kind]
+        differ = ""
+        for name, value in result.settings.items():
+            usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
+            if name != "seed" and value != usual:
+                differ += f" {name}={value}"
+        study.setdefault((*result.kind, differ), []).append(result)
     return dict(sorted(study.items()))
 
 
-def baseline(study: dict, task: str, weights: str) -> list[float]:
-    """The scores of the plain BERTs that were trained for themselves on the same data from the same weights."""
-    return [rows[0].score for rows in study.get((task, weights, "bert", ""), [])]
+def baseline(study: dict, data: str, weights: str) -> list[float]:
+    """The scores of the separately trained plain BERTs on the same data from the same weights."""
+    return [result.rows[0].score for result in study.get((data, weights, "bert", ""), [])]
+
+
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def names_of(study: dict) -> list[str]:
+    """The first columns of a table: a heading, then a line for each entry of the study."""
+    lines = [("data", "weights", "run")]
+    lines += [(data, weights, method + differ) for data, weights, method, differ in study]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return [" ".join(map(str.ljust, line, widths)) for line in lines]
 
 
 def summary(study: dict) -> str:
-    """Mean and standard deviation over the seeds of what was chosen, and the points lost or won against plain BERT."""
-    def cell(values: list[float]) -> str:
-        return f"{statistics.mean(values):.3f}" + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-    names = [("data", "weights", "run")] + [(task, weights, method + differ) for task, weights, method, differ in study]
-    names = [" ".join(map(str.ljust, name, [max(map(len, column)) for column in zip(*names)])) for name in names]
-    lines = [f"{names[0]} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
-    for name, ((task, weights, method, _), seeds) in zip(names[1:], study.items()):
-        plain = baseline(study, task, weights)
-        for mode in sorted({row.mode for rows in seeds for row in rows}):
-            chosen = [row for rows in seeds for row in rows if row.mode == mode and row.chosen]
-            scores = [row.score for row in chosen]
-            points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}" if plain and method != "bert" else ""
-            lines.append(f"{name} {mode:<6} {len(scores):>5} {cell(scores):>14} {cell([row.flops for row in chosen]):>14} "
+    """Score and FLOPs of the chosen rows, and the points lost or won against plain BERT."""
+    heading, *names = names_of(study)
+    lines = [f"{heading} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
+    for name, ((data, weights, method, _), seeds) in zip(names, study.items()):
+        plain = baseline(study, data, weights)
+        for mode in sorted({row.mode for result in seeds for row in result.rows}):
+            chosen = [row for result in seeds for row in result.rows
+                      if row.mode == mode and row.chosen]
+            scores, costs = [row.score for row in chosen], [row.flops for row in chosen]
+            points = ""
+            if plain and method != "bert":
+                points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}"
+            lines.append(f"{name} {mode:<6} {len(scores):>5} {cell(scores):>14} {cell(costs):>14} "
                          f"{points:>7}".rstrip())
-    return "\n".join(lines) + "\n(points: score against a plain BERT trained for itself)"
+    return "\n".join(lines) + "\n(points: score against a separately trained plain BERT)"
+
+
+def at_costs(study: dict, costs: list[float]) -> str:
+    """Score of exits alone and of both at the same shares of plain BERT's FLOPs, and the mean and
+    spread over the seeds of both minus exits alone of the same run, in points."""
+    heading, *names = names_of(study)
+    lines = [f"{heading} {'FLOPs':>5} {'exit':>14} {'both':>14} {'both - exit, points':>20}"]
+    for name, seeds in zip(names, study.values()):
+        pairs = [(result.curves["exit"], result.curves["both"]) for result in seeds
+                 if {"exit", "both"} <= result.curves.keys()]
+        for cost in costs if pairs else []:
+            exits, both = ([at_cost(curve, cost) for curve in curves] for curves in zip(*pairs))
+            points = [100 * (b - e) for e, b in zip(exits, both)]
+            spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
+            lines.append(f"{name} {cost:>5.2f} {cell(exits):>14} {cell(both):>14} "
+                         f"{np.mean(points):>+13.1f}{spread}")
+    return "\n".join(lines)
 
 
 def plot_study(study: dict, folder: Path) -> None:
-    """study.png in a folder: score over FLOPs, mean over the seeds, a panel for each data set with a plain BERT of its own,
-    whose mean and standard deviation are the gray line and band. Raises UserError."""
-    panels = [(key, seeds, plain) for key, seeds in study.items()
-              if key[2:] == ("smartbert", "") and (plain := baseline(study, *key[:2]))]
+    """study.png in a folder: score over FLOPs, mean over seeds, a panel for each data set that has
+    a plain BERT of its own (gray: its mean and standard deviation). Raises UserError."""
+    panels = []
+    for key, seeds in study.items():
+        plain = baseline(study, *key[:2])
+        if key[2:] == ("smartbert", "") and plain:
+            panels.append((key, seeds, plain))
     if not panels:
-        raise UserError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the same data from the same weights")
-    from lesson.pictures import BLUE, GRAY, GREEN, ORANGE, canvas, picture      # here: the table needs no matplotlib
+        raise UserError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the "
+                        "same data from the same weights")
+    # here: the tables need no matplotlib
+    from lesson.pictures import BLUE, GRAY, GREEN, ORANGE, canvas, picture
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
     _, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
-    for panel, ((task, weights, *_), seeds, plain) in zip(axes.flat, panels):
+    for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
         mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
         panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
-        panel.axhline(mean, color=GRAY, marker="", label="plain BERT, trained for itself")
-        for mode, colour, style in ("skip", GREEN, "D"), ("exit", ORANGE, "--"), ("both", BLUE, "-"):
-            ways = [[row for row in rows if row.mode == mode] for rows in seeds]
-            if mode == "skip" and all(ways):                # one row of each seed: a point
-                panel.plot(*np.mean([(row.flops, row.score) for (row,) in ways], 0), style, color=colour, label=mode)
-            elif all(ways):
-                scores = np.mean([[at_cost(rows, cost) for cost in costs] for rows in ways], 0)
-                panel.plot(costs, scores, style, color=colour, lw=3, label=mode)
-        panel.set(title=f"{task}, {weights}, {len(seeds)} seed{'s' * (len(seeds) > 1)}", xlim=(0, 1),
-                  xlabel="FLOPs, share of plain BERT", ylabel="score")
+        panel.axhline(mean, color=GRAY, marker="", label="plain BERT, separately trained")
+        looks = {"skip": (GREEN, "D"), "exit": (ORANGE, "--"), "both": (BLUE, "-")}
+        for mode, (colour, style) in looks.items():
+            curves = [result.curves.get(mode) for result in seeds]
+            if mode == "skip" and all(curves):          # one point of each seed
+                point = np.mean([curve[0] for curve in curves], axis=0)
+                panel.plot(*point, style, color=colour, label=mode)
+            elif all(curves):
+                scores = [[at_cost(curve, cost) for cost in costs] for curve in curves]
+                panel.plot(costs, np.mean(scores, axis=0), style, color=colour, lw=3, label=mode)
+        panel.set(title=f"{data}, {weights}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+                  xlim=(0, 1), xlabel="FLOPs, share of plain BERT", ylabel="score")
     for panel in axes.flat[len(panels):]:
         panel.axis("off")
     axes[0, 0].legend()
@@ -93,25 +182,28 @@ def plot_study(study: dict, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", metavar="JSON", help="eval.json files, or folders of runs")
+    parser.add_argument("files", nargs="+", metavar="JSON", help="eval.json files, or runs")
     parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS",
                         help="as in eval.py (default %(default)s)")
     parser.add_argument("--target-speedup", type=float, metavar="X", help="as in eval.py")
+    parser.add_argument("--at", nargs="+", type=float, metavar="SHARE",
+                        help="compare exits and both at these shares of plain BERT's FLOPs")
     parser.add_argument("--plot", action="store_true",
                         help="write study.png beside the first file (needs matplotlib)")
     asked = parser.parse_args(arguments)
     try:
         for name, low in ("max_drop", 0), ("target_speedup", 1):
             value = getattr(asked, name)
-            if value is not None and not low <= value < math.inf:       # false for nan as well
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: give a number from {low} up")
-        if asked.plot and not importlib.util.find_spec("matplotlib"):   # better said before the work
-            raise UserError("--plot needs the package matplotlib: python -m pip install matplotlib")
+            if value is not None and not low <= value < math.inf:       # false for NaN as well
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {value:g}: give a number from {low} up")
+        if asked.plot and not importlib.util.find_spec("matplotlib"):   # said before the work
+            raise UserError("--plot needs the package matplotlib: pip install matplotlib")
         study = read_study(asked.files, asked.max_drop, asked.target_speedup)
-        print(summary(study))
+        print(at_costs(study, asked.at) if asked.at else summary(study))
         if asked.plot:
             plot_study(study, Path(asked.files[0]).parent)
-    except BrokenPipeError:                                 # what reads has read enough: | head
+    except BrokenPipeError:                             # its reader has read enough: | head
         sys.stdout = None
     except (UserError, OSError) as error:
         print(f"study.py: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from conftest import tiny_batch, tiny_model
 import data
 import eval as evaluation
 import train
-from eval import Row, InferenceMode, at_cost, choose, cut, leaves, nobody, trace
+from eval import OperatingPoint, Row, at_cost, choose, cut, never, trace
 from results import study
 from smartbert import entropy, entropy_below, infer
 from data import UserError
@@ -42,9 +42,9 @@ ROWS = [row("plain", .90, 1.), row("skip", .91, .5), row("exit", .92, .8, .1), r
     (1.0, None, 0.3, 0.1),
     (2.5, None, 0.3, 0.2),
     (-5.0, None, 0.1, 0.1),         # nobody gains five points: the best score
-    (1.0, 2.0, 0.2, 0.1),           # FLOPs at most .5: the best score among those
+    (1.0, 2.0, 0.2, 0.1),           # FLOPs at most .5: as near as can be
     (1.0, 4.0, 0.3, 0.2),
-    (1.0, 50.0, 0.3, 0.3)])         # nobody is as cheap as that: the cheapest
+    (1.0, 50.0, 0.3, 0.3)])         # none is as cheap as that: the cheapest
 def test_choice(max_drop, speedup, exits, both):
     choose(ROWS, max_drop, speedup)
     taken = [r for r in ROWS if r.chosen]
@@ -52,19 +52,19 @@ def test_choice(max_drop, speedup, exits, both):
 
 
 def test_a_target_is_used_up():
-    """Of those that reach a target speed-up the dearest, unless it is more than max_drop points below the best."""
-    rows = [row("plain", .95, 1.), row("both", .900, .4, .1), row("both", .904, .2, .2), row("both", .70, .1, .3)]
-    for max_drop, threshold in (.5, .1), (.3, .2):
-        choose(rows, max_drop, 2.0)
-        assert [r.threshold for r in rows if r.chosen] == [None, threshold]
+    """Of the rows that reach a target speed-up the dearest, whatever its score."""
+    rows = [row("plain", .95, 1.), row("both", .900, .4, .1), row("both", .904, .2, .2),
+            row("both", .70, .6, .3)]
+    choose(rows, 0.5, 2.0)
+    assert [r.threshold for r in rows if r.chosen] == [None, .1]
 
 
 def test_score_at_the_same_cost():
-    """Between two rows lies a mixture of them; outside of all rows there is nothing."""
-    rows = [row("exit", 1.2, .1), row("exit", 1.8, .4), row("exit", 1.6, .2)]
-    assert at_cost(rows, .3) == pytest.approx(.7)
-    assert at_cost(rows, .7) == pytest.approx(.875)
-    assert str(at_cost(rows, .1)) == str(at_cost(rows, .9)) == "nan"
+    """Between two points lies a mixture of them; outside of all points there is nothing."""
+    points = [(.2, .6), (.8, .9), (.4, .8)]             # by hand
+    assert at_cost(points, .3) == pytest.approx(.7)
+    assert at_cost(points, .6) == pytest.approx(.85)
+    assert str(at_cost(points, .1)) == str(at_cost(points, .9)) == "nan"
 
 
 def test_threshold_is_chosen_on_held_out_data(finished, capsys):
@@ -98,7 +98,7 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
 
 def test_a_target_out_of_reach_is_said(finished, capsys):
     evaluation.main([str(finished), "--thresholds", "0.3", "--repeats", "0", "--device", "cpu", "--target-speedup", "99"])
-    assert "--target-speedup 99 is reached" in capsys.readouterr().out
+    assert "no threshold reaches --target-speedup 99" in capsys.readouterr().out
 
 
 def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
@@ -139,8 +139,8 @@ def test_trace_tells_what_happened():
         *lines, answer = trace(model, torch.tensor([S]), outcome, ("no", "maybe", "yes")).splitlines()[1:]
         for i, line in enumerate(lines):
             left = i + 1 == outcome.exit[0] < 5
-            what = "ran, left" if left else "ran" if outcome.ran[0, i] else "skipped" if i < outcome.exit[0] else "not reached"
-            assert line.split()[0] == str(i + 1) and what in line and ("left" in line) == left
+            what = "ran, exited" if left else "ran" if outcome.ran[0, i] else "skipped" if i < outcome.exit[0] else "not reached"
+            assert line.split()[0] == str(i + 1) and what in line and ("exited" in line) == left
             seen.add(what)
         assert f"{outcome.ran.sum()} of 5 layers run" in answer
         assert ("no", "maybe", "yes")[outcome.logits[0].argmax()] in answer
@@ -148,7 +148,7 @@ def test_trace_tells_what_happened():
         share = evaluation.flops(model, torch.tensor([S]), outcome) / evaluation.plain_flops(model, torch.tensor([S]))
         assert last.split()[-1] == f"{share.item():.1%}"
         assert all(f"{entropy(h):.3f}" in line for h, line in zip(outcome.history[0], lines) if not h[0].isnan())
-    assert seen == {"ran, left", "ran", "skipped", "not reached"}
+    assert seen == {"ran, exited", "ran", "skipped", "not reached"}
 
 
 def test_trace_from_the_command_line(finished, capsys):
@@ -236,13 +236,13 @@ def test_pictures(finished, capsys):
 def test_a_cut_walk_is_what_inference_gives(gates):
     """For each exit criterion and none: layers, exits, gates asked, heads met and answers of every row."""
     labels, left = torch.arange(9) % 3, set()
-    ways = [InferenceMode("exit", 0.3), InferenceMode("exit", 0.9), InferenceMode("exit", 2.0), InferenceMode("exit", 0.42, "probability"), InferenceMode("plain"),
-            InferenceMode("exit", 1, "patience"), InferenceMode("exit", 2, "patience"), InferenceMode("exit", 3, "layer"), InferenceMode("exit", None, "oracle")]
+    ways = [OperatingPoint("exit", 0.3), OperatingPoint("exit", 0.9), OperatingPoint("exit", 2.0), OperatingPoint("exit", 0.42, "probability"), OperatingPoint("plain"),
+            OperatingPoint("exit", 1, "patience"), OperatingPoint("exit", 2, "patience"), OperatingPoint("exit", 3, "layer"), OperatingPoint("exit", None, "oracle")]
     for seed in range(4):
         model, batch = tiny_model(seed), tiny_batch(seed)
-        walked = infer(model, *batch, skip=gates, criterion=nobody)
+        walked = infer(model, *batch, skip=gates, criterion=never)
         for way in ways:
-            ours, theirs = cut(walked, leaves(way, labels)), infer(model, *batch, skip=gates, criterion=leaves(way, labels))
+            ours, theirs = cut(walked, way.exits(labels)), infer(model, *batch, skip=gates, criterion=way.exits(labels))
             assert torch.equal(ours.ran, theirs.ran) and torch.equal(ours.exit, theirs.exit)
             for name in ("logits", "gates", "history"):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -255,7 +255,7 @@ def test_a_cut_walk_on_a_trained_run(finished, mode):
     """On the toy's dev set, at several thresholds, in whole pools."""
     _, model = train.load_run(finished, torch.device("cpu"))
     dev = data.encode(data.load_tokenizer(finished), data.load_task("toy")["dev"])
-    walked = evaluation.walk(model, dev, torch.device("cpu"), {mode})[mode == "both"]
+    walked = evaluation.walk(model, dev, [OperatingPoint(mode, 0.5)])[mode == "both"]
     for threshold in (0.2, 0.5, 0.65, 0.69):
         theirs = train.predict(model, train.pools(dev), mode == "both", entropy_below(threshold))
         ours = cut(walked, entropy_below(threshold))

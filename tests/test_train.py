@@ -125,7 +125,7 @@ def test_evaluation_writes_what_it_prints(finished, capsys):
     assert (plain["flops"], plain["layers"], plain["threshold"]) == (1.0, 6.0, None)
     everybody = next(r for r in result["rows"] if r["mode"] == "exit" and r["threshold"] == 9)
     assert everybody["exit_histogram"] == [1000, 0, 0, 0, 0, 0] and everybody["layers"] == 1
-    assert "warning: at threshold 9 every example leaves at layer 1" in printed
+    assert "warning: at threshold 9 every example exits at layer 1" in printed
 
 
 def test_plain_bert_and_ablations_run(tmp_path, capsys):
