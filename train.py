@@ -28,6 +28,7 @@ import numpy as np
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 import torch.nn.functional as F
+from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,34 +39,36 @@ from smartbert import (Criterion, Outcome, SmartBert, entropy_below, infer, phas
                        phase2_loss)
 
 VERSION = 2             # of the files in a run's folder; another number means another layout
+BASE = "google-bert/bert-base-uncased"
 POOL = 1024             # rows that wait at a layer together: full batches, and little memory
 
 
 # --- Settings -----------------------------------------------------------------------------------
 
 def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
-    """A setting that is also a command-line flag. The help says what it does, and its symbol in the
-    paper; a number must lie between low and high."""
+    """A setting that is also a command-line flag. A number must lie between low and high."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
 class Settings:
+    """All settings; in the help of each, what it does and its symbol in the paper."""
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
     method: str = flag("smartbert", "smartbert, or bert for the baseline: no gates, no exits")
-    weights: str | None = flag(None, "pre-trained BERT: a folder, or one of Google's names on the hub")
+    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the hub; for a "
+                               f"GLUE task {BASE} unless named")
     data_dir: str | None = flag(None, "folder with GLUE's files; without it they are downloaded")
-    cache: str | None = flag(None, "folder for downloads; default SMARTBERT_CACHE, else the user's cache")
-    out: str | None = flag(None, "the run's folder; default runs/TASK or runs/TASK-bert")
-    # what drives the gates
+    cache: str | None = flag(None, "folder for downloads (or set SMARTBERT_CACHE)")
+    out: str | None = flag(None, "the run's folder; runs/TASK or runs/TASK-bert unless named")
+    # what makes the gates skip
     budget: float = flag(0.4, "share of the layers to run; more than that is penalised", 0, 1)
     budget_weight: float = flag(10.0, "weight of the budget's penalty", 0, 1e9)
-    lam: float | None = flag(None, "lambda, weight of the paper's penalty, which then replaces the "
+    lam: float | None = flag(None, "lambda, weight of the paper's penalty, used in place of the "
                              "budget (the release's value for RTE: 0.04)", 0, 1e9)
     gate_bias: float = flag(-2.0, "bias of the gates at the start: at -2, g = .12 and layers run; "
                             "the release starts at 0", -100, 100)
-    penalty_start: float = flag(0.3, "share of phase 1 in which the gates rest: first the task", 0, 0.99)
-    penalty_full: float = flag(0.6, "share of phase 1 after which the budget is the full one", 0, 0.99)
+    penalty_start: float = flag(0.3, "share of phase 1 in which the gates rest", 0, 0.99)
+    penalty_full: float = flag(0.6, "share of phase 1 after which the budget is in full", 0, 0.99)
     soft_epochs: int = flag(0, "epochs of phase 1 with soft gates; the release: 3 of 5", 0, 10_000)
     # the contrast
     eta1: float = flag(0.01, "eta_1, weight of phase 1's contrast", 0, 1)
@@ -76,17 +79,16 @@ class Settings:
     epochs1: int = flag(5, "epochs of phase 1", 1, 10_000)
     epochs2: int = flag(2, "epochs of phase 2; 0: gates only", 0, 10_000)
     batch_size: int = flag(32, "examples in a step", 1, 1_000_000)
-    lr: float = flag(1e-4, "learning rate of the encoder; measured at H = 384, take less for a wider "
-                     "one (BERT-base: 3e-5)", 0, 1e9)
+    lr: float | None = flag(None, "learning rate of the encoder; unless named 1e-4 for one of "
+                            "H = 384 or narrower, 3e-5 for a wider one", 0, 1e9)
     lr_new: float = flag(1e-3, "learning rate of gates, heads and projections", 0, 1e9)
-    warmup: float = flag(0.06, "share of a phase in which the learning rate rises; then it falls "
-                         "to 0", 0, 0.99)
+    warmup: float = flag(0.06, "share of a phase in which the learning rate rises", 0, 0.99)
     weight_decay: float = flag(0.01, "AdamW's; not on biases and LayerNorm", 0, 1e9)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set that picks epoch and threshold; 0: the dev "
-                           "set picks the epoch", 0, 0.99)
+    held_out: float = flag(0.1, "share of the training set that picks epoch and threshold; with 0 "
+                           "the dev set picks the epoch", 0, 0.99)
     limit: int | None = flag(None, "use only so many training examples", 1, 1e9)
     seed: int = flag(50, "of weights, order and dropout", 0, 1e9)
     # the paper's ablations
@@ -101,7 +103,7 @@ class Settings:
     overwrite: bool = flag(False, "start over in a folder that already holds a run")
 
 
-# Settings of a task that differ from the defaults; GLUE's as measured with encoders of 12 layers x 384.
+# Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
 RECIPES = {
     "toy": dict(lr=5e-4, batch_size=64, epochs1=30, epochs2=6, dropout=0.0, budget=0.6),
     "cola": dict(batch_size=16, epochs1=8, budget=0.5),
@@ -113,25 +115,24 @@ RECIPES = {
 }
 # Settings that change no result, and those that a plain BERT does not have.
 OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
-OF_SMARTBERT = set("budget budget_weight lam gate_bias penalty_start penalty_full soft_epochs eta1 "
-                   "eta2 tau1 tau2 epochs2 no_skipping no_contrast soft_gates".split())
+OF_SMARTBERT = {"budget", "budget_weight", "lam", "gate_bias", "penalty_start", "penalty_full",
+                "soft_epochs", "eta1", "eta2", "tau1", "tau2", "epochs2", "no_skipping",
+                "no_contrast", "soft_gates"}
 
 
 def check(settings: Settings) -> None:
     """Raise UserError for a setting of a wrong type, out of range, or unknown."""
+    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     for f in fields(settings):
-        value, kinds = getattr(settings, f.name), getattr(f.type, "__args__", (f.type,))
+        value, options = getattr(settings, f.name), getattr(f.type, "__args__", (f.type,))
+        kind, low, high = options[0], f.metadata["low"], f.metadata["high"]
         name = f"--{f.name.replace('_', '-')} {value!r:.60}"
-        if value is None and type(None) in kinds:
+        if value is None and type(None) in options:
             continue
-        kind = kinds[0]
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or isinstance(value, bool) and kind is not bool:
-            raise UserError(f"{name}: give {'a whole number' * (kind is int)}"
-                            f"{'a number' * (kind is float)}{'a text' * (kind is str)}"
-                            f"{'true or false' * (kind is bool)}")
-        low, high = f.metadata["low"], f.metadata["high"]
-        if kind in (int, float) and not low <= value <= high:           # false for nan as well
+            raise UserError(f"{name}: give {kinds[kind]}")
+        if kind in (int, float) and not low <= value <= high:           # false for NaN as well
             raise UserError(f"{name}: give a number from {low:g} to {high:g}")
     if settings.method not in ("smartbert", "bert"):
         raise UserError(f"--method {settings.method!r:.60}: use smartbert or bert")
@@ -142,7 +143,8 @@ def check(settings: Settings) -> None:
 
 def pick_device(name: str) -> torch.device:
     """auto takes the best device that is there. Raises UserError for one that is not."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     if name not in ("auto", *there):
         raise UserError(f"--device {name}: not found on this machine; use one of auto, "
                         f"{', '.join(there)}")
@@ -150,8 +152,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_encoder(settings: Settings, folder: Path | None, vocabulary: int) -> Bert:
-    """The pre-trained encoder in a folder, or a small fresh one for the toy task. Raises UserError."""
-    dropout = dict(hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout)
+    """The pre-trained encoder in a folder, or a small fresh one for the toy task."""
+    dropout = {"hidden_dropout_prob": settings.dropout,
+               "attention_probs_dropout_prob": settings.dropout}
     if folder is None:
         # With BERT's deviation of 0.02 so narrow a model stays at chance; 1 / sqrt(H) trains.
         return Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
@@ -164,30 +167,32 @@ def load_encoder(settings: Settings, folder: Path | None, vocabulary: int) -> Be
 
 
 def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: Task) -> SmartBert:
-    """A SmartBert around the weights in folder. vocabulary: words of the tokenizer. Raises UserError."""
+    """A SmartBert around the weights in a folder. vocabulary: the tokenizer's words. Raises
+    UserError."""
     bert = load_encoder(settings, folder, vocabulary)
     config = bert.config
-    if config.vocab_size < vocabulary:      # spare rows beyond the vocabulary do no harm
+    if config.vocab_size < vocabulary:                  # spare rows beyond the vocabulary are fine
         raise UserError(f"{folder}: vocab.txt has {vocabulary} words, but the weights have only "
                         f"{config.vocab_size}: they do not belong together")
     if settings.max_length > config.max_position_embeddings:
         raise UserError(f"--max-length {settings.max_length} is more than the "
                         f"{config.max_position_embeddings} positions of these weights")
     if task.columns and task.columns[1] and config.type_vocab_size < 2:
-        raise UserError(f"{folder} has {config.type_vocab_size} segment embedding, but {task.name} "
-                        f"has sentence pairs: take other weights, or a task of single sentences")
+        raise UserError(f"{folder} has {config.type_vocab_size} segment embedding, but "
+                        f"{task.name} has sentence pairs: take other weights, or another task")
     if settings.method == "smartbert" and config.num_hidden_layers < 2:
-        raise UserError(f"{folder} has a single layer, so nothing can be skipped or left out: take "
-                        f"deeper weights")
+        raise UserError(f"{folder} has a single layer, so nothing can be skipped: take deeper "
+                        f"weights")
     # No skipping: gates that start at g = sigmoid(-30), about 0, and are not trained.
-    return SmartBert(bert, len(task.labels), -30.0 if settings.no_skipping else settings.gate_bias)
+    bias = -30.0 if settings.no_skipping else settings.gate_bias
+    return SmartBert(bert, len(task.labels), bias)
 
 
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
     """AdamW over what the phase trains; everything else is frozen.
 
-    The release gives it every parameter in both phases, also the frozen ones (main.py:80-88; README,
-    deviation 6).
+    The release gives it every parameter in both phases, even the frozen ones (main.py:80-88;
+    README, deviation 6).
     """
     model.requires_grad_(False)
     if phase == 1:
@@ -202,7 +207,8 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
         module.requires_grad_(True)
         for decayed in (True, False):                   # biases and LayerNorm have one dimension
             chosen = [p for p in module.parameters() if (p.dim() > 1) == decayed]
-            parameters.append({"params": chosen, "lr": lr, "top": lr, "gates": module is model.gates,
+            parameters.append({"params": chosen, "lr": lr, "top": lr,
+                               "gates": module is model.gates,
                                "weight_decay": settings.weight_decay if decayed else 0.0})
     return torch.optim.AdamW(parameters, fused=True)
 
@@ -210,8 +216,8 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
 # --- A run's folder -----------------------------------------------------------------------------
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a run. Raises UserError where settings.json is missing, damaged or of another
-    version."""
+    """The settings of a run. Raises UserError where settings.json is missing, damaged or of
+    another version."""
     path = folder / "settings.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run, for it has no settings.json: name a folder that "
@@ -224,13 +230,13 @@ def read_settings(folder: Path) -> Settings:
             raise ValueError(f"it lacks {min(missing)}")
         check(settings)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version ({str(error)[:120]}): train again "
-                        f"with --overwrite")
+        raise UserError(f"{path} is damaged or of another version ({str(error)[:120]}): train "
+                        f"again with --overwrite")
     return settings
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py made this folder: by its settings, or where these are damaged by its model."""
+    """Whether train.py made this folder: it holds settings, or damaged settings and a model."""
     try:
         read_settings(folder)
         return True
@@ -240,7 +246,7 @@ def is_run(folder: Path) -> bool:
 
 
 def open_folder(settings: Settings) -> Path:
-    """The run's folder, ready to be written: new, to be resumed, or to start over. Raises UserError."""
+    """The run's folder: a new one, one to be resumed, or one to start over. Raises UserError."""
     default = f"runs/{settings.task}{'-bert' * (settings.method == 'bert')}"
     out = Path(os.path.expanduser(settings.out or default))
     if out.exists() and not out.is_dir():
@@ -248,14 +254,14 @@ def open_folder(settings: Settings) -> Path:
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     foreign = [name for name in names if not name.startswith(".") and not name.endswith(".tmp")]
     if foreign and not is_run(out):
-        raise UserError(f"--out {out} is not empty and holds no run, but files such as {min(foreign)}: "
-                        f"name a new folder, so that nothing of yours is lost")
+        raise UserError(f"--out {out} is not empty and holds no run, but files such as "
+                        f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
     if settings.resume and foreign:
         before, now = asdict(read_settings(out)), asdict(settings)
         for name in now.keys() - OF_A_MACHINE:
             if before[name] != now[name]:
-                raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}: "
-                                f"resume with the same settings")
+                raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}"
+                                f": resume with the same settings")
         return out
     if settings.resume:
         say(f"nothing to resume in {out}: starting from the beginning")
@@ -279,8 +285,8 @@ def save(path: Path, **content) -> None:
 
 
 def load_file(path: Path) -> dict:
-    """A .pt file that train.py wrote. Raises UserError where it is missing, truncated or of another
-    version."""
+    """A .pt file that train.py wrote. Raises UserError where it is missing, truncated or of
+    another version."""
     try:
         content = read_file(path, "let train.py finish the run with --resume, or start over with "
                             "--overwrite")
@@ -299,13 +305,13 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
         model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
         model.load_state_dict(content["model"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{folder}/model.pt is of another version of this code, or is damaged: train "
-                        f"again with --overwrite")
+        raise UserError(f"{folder}/model.pt is of another version of this code, or is damaged: "
+                        f"train again with --overwrite")
     return asdict(settings), model.to(device).eval()
 
 
 def part(split: Split, settings: dict) -> tuple[Split, Split, Split]:
-    """A training set as a run uses it: all of it up to --limit, what it trains on, what it holds out."""
+    """A training set up to --limit, and its two parts: to train on, and held out."""
     whole = split.select(range(len(split))[:settings["limit"]])
     return whole, *data.hold_out(whole, settings["held_out"], settings["seed"])
 
@@ -319,9 +325,19 @@ def of_result(settings: dict) -> dict:
 
 
 def identify(training: Split, held: Split) -> dict:
-    """What a run remembers of its data, in data.json: digests of the training set (as far as --limit
-    goes) and of the held-out part, and whether the file was a partial one."""
-    return {"train": data.digest(training), "held_out": data.digest(held), "partial": training.partial}
+    """What a run remembers of its data, in data.json: digests of the training set (as far as
+    --limit goes) and of the held-out part, and whether the file was a partial one."""
+    return {"train": data.digest(training), "held_out": data.digest(held),
+            "partial": training.partial}
+
+
+def write_identity(out: Path, identity: dict, tokenizer: BertWordPieceTokenizer) -> None:
+    """data.json and the vocabulary. Raises UserError where a run in this folder had other data."""
+    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
+        check_data(out, identity)
+    else:
+        data.write_json(out / "data.json", identity)
+    data.write_vocabulary(tokenizer, out)
 
 
 def check_data(folder: Path, identity: dict) -> None:
@@ -332,8 +348,9 @@ def check_data(folder: Path, identity: dict) -> None:
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged: train again with --overwrite")
     if not same:
-        raise UserError(f"{folder} was trained on another train.tsv than the one that is there now, so "
-                        f"its held-out examples are not known: name the former folder with --data-dir")
+        raise UserError(f"{folder} was trained on another train.tsv than the one that is there "
+                        f"now, so its held-out examples are not known: name the former folder "
+                        f"with --data-dir")
 
 
 # --- Inference over a whole split, for the log and for eval.py ----------------------------------
@@ -350,7 +367,8 @@ def run_pool(model: SmartBert, batch: Batch, skip: bool, criterion: Criterion | 
                  batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
 
 
-def predict(model: SmartBert, batches: list[Batch], skip: bool, criterion: Criterion | None) -> Outcome:
+def predict(model: SmartBert, batches: list[Batch], skip: bool,
+            criterion: Criterion | None) -> Outcome:
     """Every pool; the outcome in the order of the split (N rows), on the CPU. Leaves the model in
     eval mode. The criterion must not use the rows' numbers: each pool counts its own."""
     model.eval()
@@ -362,8 +380,9 @@ def predict(model: SmartBert, batches: list[Batch], skip: bool, criterion: Crite
 # --- One epoch ----------------------------------------------------------------------------------
 
 def penalty_now(settings: Settings, progress: float) -> dict:
-    """The skip penalty at this point of phase 1 (progress 0..1): the paper's lambda, or a budget that
-    starts as "all layers" and tightens once the task is being learned (README, deviation 11)."""
+    """The skip penalty at this point of phase 1 (progress 0..1): the paper's lambda, or a budget
+    that starts as "all layers" and tightens once the task is being learned (README, deviation
+    11)."""
     if settings.no_skipping or progress < settings.penalty_start:
         return {}
     if settings.lam is not None:
@@ -374,8 +393,8 @@ def penalty_now(settings: Settings, progress: float) -> dict:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, steps: int) -> None:
-    """The learning rate rises for a while, then falls to nothing. The first step has the rate of the
-    second, or it would train nothing. Gates rest until they are penalised."""
+    """The learning rate rises for a while, then falls to nothing. The first step has the rate of
+    the second, or it would train nothing. Gates rest until they are penalised."""
     progress = step / steps
     risen = max(progress, 1 / steps) / max(settings.warmup, 1e-9)
     rate = min(risen, (1 - progress) / (1 - settings.warmup))
@@ -386,8 +405,8 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
 
 def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, progress: float,
             hard: bool) -> dict[str, Tensor]:
-    """The step's loss, and what it is made of: scalars, and run, the share of the examples that ran
-    each layer, (L,)."""
+    """The step's loss, and what it is made of: scalars, and run, the share of the examples that
+    ran each layer, (L,)."""
     inputs = (batch.ids, batch.segment_ids, batch.mask, batch.labels)
     if settings.method == "bert":
         return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
@@ -404,7 +423,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     """One pass over the training set. Returns the log: means over every 20 steps. Raises UserError
     where the loss is not finite."""
     model.train()
-    if phase == 2:                                      # no dropout in what is frozen (deviation 5)
+    if phase == 2:                                  # no dropout in what is frozen (deviation 5)
         model.eval()
         model.heads[:-1].train()
     device = next(model.parameters()).device
@@ -424,7 +443,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
-        optimizer.zero_grad()                           # here, so that they take no memory meanwhile
+        optimizer.zero_grad()                       # here: they need no memory in the meantime
         recent.append({name: value.detach() for name, value in parts.items()})
         if len(recent) == 20 or step + 1 == len(order):
             log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1})
@@ -441,7 +460,8 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
 
 def observe(model: SmartBert, split: Split, batches: list[Batch], settings: Settings,
             phase: int) -> dict[str, float]:
-    """Scores on a split and the layers that ran: by the gates alone in phase 1, with exits in phase 2."""
+    """Scores on a split and the mean of the layers that ran: by the gates alone in phase 1, with
+    exits in phase 2."""
     task = data.find_task(settings.task)
     skip = settings.method == "smartbert" and not settings.no_skipping
     # Half of the largest entropy is a threshold for the log; eval.py chooses the one to use.
@@ -466,8 +486,8 @@ def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> d
 
 
 def is_better(new: dict, best: dict | None) -> bool:
-    """Whether the newer of two epochs is to be kept. Before the penalty every layer runs, and such an
-    epoch would win by its score, so the score is compared only where the rest is equal."""
+    """Whether the newer of two epochs is to be kept. Before the penalty every layer runs, and such
+    an epoch would win by its score, so the score is compared only where the rest is equal."""
     if best is None:
         return True
     if new["hard"] != best["hard"]:                     # as inference is
@@ -486,32 +506,12 @@ def is_better(new: dict, best: dict | None) -> bool:
 def train(settings: Settings) -> Path:
     """Both phases (or the baseline), epoch by epoch; returns the run's folder. Raises UserError.
 
-    After every epoch checkpoint.pt holds all that is needed to go on as if nothing had happened.
+    After every epoch checkpoint.pt holds all that is needed to continue with the same result.
     """
-    check(settings)
-    device, task = pick_device(settings.device), data.find_task(settings.task)
-    if task.name != "toy" and not settings.weights:
-        raise UserError(f"--task {task.name} needs --weights: a folder with a pre-trained BERT, or a "
-                        f"name such as google-bert/bert-base-uncased")
-    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
-    tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
-    splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    torch.manual_seed(settings.seed)
-    model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
-    splits = {name: data.encode(tokenizer, split, settings.max_length)
-              for name, split in splits.items()}
-    whole, training, held = part(splits["train"], asdict(settings))
-    judge, judged = ("held-out", held) if len(held) else (task.devs[0], splits[task.devs[0]])
-    if judge != "held-out":
-        say(f"warning: nothing is held out, so {judge} picks the epoch that it then judges")
-    judged_pools = pools(judged, device)
-
-    out, identity = open_folder(settings), identify(whole, held)
-    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
-        check_data(out, identity)
-    else:
-        data.write_json(out / "data.json", identity)
-    data.write_vocabulary(tokenizer, out)
+    model, tokenizer, training, judge, judged, identity = set_up(settings)
+    device, task = next(model.parameters()).device, data.find_task(settings.task)
+    out, judged_pools = open_folder(settings), pools(judged, device)
+    write_identity(out, identity, tokenizer)
     if (out / "model.pt").is_file():
         load_run(out, device)                           # or it says what is wrong with it
         remove_leftovers(out)
@@ -521,7 +521,6 @@ def train(settings: Settings) -> Path:
     schedule = [(1, epoch) for epoch in range(settings.epochs1)]
     if settings.method == "smartbert":
         schedule += [(2, epoch) for epoch in range(settings.epochs2)]
-    describe = dict(config=asdict(model.bert.config), classes=len(task.labels))
     log, best, done, before, optimizer = [], None, 0, None, None
     if (out / "checkpoint.pt").is_file():
         before = load_file(out / "checkpoint.pt")
@@ -551,21 +550,61 @@ def train(settings: Settings) -> Path:
             new = judge_epoch(settings, epoch, score, seen["layers"] / L)
             if is_better(new, best):
                 best = new
-                save(out / "phase1.pt", model=model.state_dict(), **describe)
-        write_log(out, log)
-        save(out / "checkpoint.pt", done=number + 1, best=best, log=log, model=model.state_dict(),
-             optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-             cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None)
+                save_model(out / "phase1.pt", model)
+        lines = "".join(json.dumps(record) + "\n" for record in log)
+        data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
+        save_checkpoint(out, model, optimizer, number + 1, best, log)
 
     if schedule[-1][0] == 1:
         model.load_state_dict(load_file(out / "phase1.pt")["model"])
-    save(out / "model.pt", model=model.state_dict(), **describe)
+    save_model(out / "model.pt", model)
     remove_leftovers(out)
     return out
 
 
+def set_up(settings: Settings) -> tuple:
+    """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
+    split that judges epochs and this split, and what identifies the data. Completes the settings.
+    Raises UserError."""
+    check(settings)
+    device, task = pick_device(settings.device), data.find_task(settings.task)
+    if task.name != "toy" and not settings.weights:
+        settings.weights = BASE
+    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)
+    whole, training, held = part(splits["train"], asdict(settings))
+    judge, judged = ("held-out", held) if held else (task.devs[0], splits[task.devs[0]])
+    if not held:
+        say(f"warning: nothing is held out, so {judge} picks the epoch that it then judges")
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
+    if settings.lr is None:
+        settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
+    training = data.encode(tokenizer, training, settings.max_length)
+    judged = data.encode(tokenizer, judged, settings.max_length)
+    return model, tokenizer, training, judge, judged, identify(whole, held)
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+def save_model(path: Path, model: SmartBert) -> None:
+    save(path, model=model.state_dict(), config=asdict(model.bert.config),
+         classes=model.heads[-1].out.out_features)
+
+
+def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer, done: int,
+                    best: dict | None, log: list[dict]) -> None:
+    """All that a run needs to continue. done: epochs of both phases; best: of phase 1."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    save(out / "checkpoint.pt", done=done, best=best, log=log, model=model.state_dict(),
+         optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+         cuda_rng=torch.cuda.get_rng_state() if on_gpu else None)
+
+
 def restore(before: dict, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
-    """Put a checkpoint's optimizer and random numbers back. optimizer: None where a phase begins."""
+    """Restore a checkpoint's optimizer and random numbers. optimizer: None where a phase
+    begins."""
     if optimizer is not None:
         optimizer.load_state_dict(before["optimizer"])
     torch.set_rng_state(before["rng"])
@@ -573,13 +612,8 @@ def restore(before: dict, optimizer: torch.optim.Optimizer | None, device: torch
         torch.cuda.set_rng_state(before["cuda_rng"])
 
 
-def write_log(out: Path, log: list[dict]) -> None:
-    lines = "".join(json.dumps(record) + "\n" for record in log)
-    data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-
-
 def remove_leftovers(out: Path) -> None:
-    """What a finished run no longer needs, also where it was killed before it could tidy up."""
+    """Remove what a finished run no longer needs, also where it was killed before this."""
     for name in ("checkpoint.pt", "phase1.pt"):
         (out / name).unlink(missing_ok=True)
 
@@ -606,7 +640,7 @@ def say(text: str) -> None:
 
 def parse(arguments: list[str] | None) -> Settings:
     """The settings from the command line, over the task's recipe, over the defaults."""
-    first = argparse.ArgumentParser(add_help=False)     # the task alone: it decides on the defaults
+    first = argparse.ArgumentParser(add_help=False)     # for the task, which decides on defaults
     first.add_argument("--task", default="toy")
     recipe = RECIPES.get(first.parse_known_args(arguments)[0].task, {})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -631,8 +665,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the same command with --resume goes on after the last whole epoch",
-              file=sys.stderr)
+        print("\ntrain.py: stopped; the same command with --resume continues after the last whole "
+              "epoch", file=sys.stderr)
         sys.exit(130)
     say(f"now: python eval.py {out}")
 

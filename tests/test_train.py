@@ -155,7 +155,6 @@ def test_bad_input_of_training(tmp_path, refused):
     """Each with one line and status 2, and no folder left behind."""
     for arguments, words in (
             (["--task", "sst-2"], ["unknown task", "sst2"]),
-            (["--task", "rte"], ["--weights"]),
             (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
             (["--method", "magic"], ["magic", "smartbert"]),
             (["--epochs1", "0"], ["epochs1", "from 1"]),
