@@ -1,4 +1,4 @@
-"""The pictures of a run (`python eval.py RUN --plot`), some of them shared with results/study.py."""
+"""The pictures of a run (`python eval.py RUN --plot`); results/study.py shares some of this."""
 
 import json
 import os
