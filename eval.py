@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -26,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before main: no traceback
 import numpy as np
 import torch
 
@@ -458,7 +461,8 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert) ->
         majority = data.majority(task, split.labels)[metric]
         partial = split.partial or held.partial
         note = " (partial data: not the GLUE task)" if partial else ""
-        print(f"\n{task.name} {name}{note}: {len(split)} examples, majority class {majority:.3f}\n")
+        print(f"\n{task.name} {name}{note}: {len(split)} examples, "
+              f"majority class {majority:.3f}\n")
         print(f"{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
         for warning in warnings(rows, majority, arguments.target_speedup):
             print(f"warning: {warning}")
@@ -552,4 +556,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

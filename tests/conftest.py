@@ -1,4 +1,5 @@
-"""What several test files share: a tiny model of odd sizes, and the folder with real data where there is one."""
+"""What several test files share: a tiny model of odd sizes, and the folder with real data where
+there is one."""
 
 import json
 import os
@@ -11,7 +12,7 @@ import torch
 from bert import Bert, BertConfig, name_table
 from smartbert import SmartBert
 
-torch.set_num_threads(1)                # tiny tensors: a second thread costs more than it gives
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 
 @pytest.fixture
@@ -23,23 +24,36 @@ def shared() -> Path:
     return Path(folder)
 
 
-def tiny_model(seed: int = 0, classes: int = 3, layers: int = 5, dropout: float = 0.0) -> SmartBert:
+def tiny_model(
+    seed: int = 0, classes: int = 3, layers: int = 5, dropout: float = 0.0
+) -> SmartBert:
     """5 layers, 20 wide, random enough that gates and heads disagree from row to row."""
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=41, hidden_size=20, num_hidden_layers=layers, num_attention_heads=5,
-                        intermediate_size=28, max_position_embeddings=17, hidden_dropout_prob=dropout,
-                        attention_probs_dropout_prob=dropout, initializer_range=0.4)
+    config = BertConfig(
+        vocab_size=41,
+        hidden_size=20,
+        num_hidden_layers=layers,
+        num_attention_heads=5,
+        intermediate_size=28,
+        max_position_embeddings=17,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.4,
+    )
     model = SmartBert(Bert(config), classes, gate_bias=0.0)
     with torch.no_grad():
-        for gate in model.gates:        # far from 1/2, so that no rounding flips a decision
+        for gate in model.gates:  # far from 1/2, so that no rounding flips a decision
             gate.out.weight.mul_(30)
         for head in model.heads:
             head.out.weight.mul_(3)
     return model.eval()
 
 
-def tiny_batch(seed: int = 0, rows: int = 9, longest: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, segment_ids, mask (rows, longest), of all lengths from 2 on, with rubbish in the padding."""
+def tiny_batch(
+    seed: int = 0, rows: int = 9, longest: int = 13
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, segment_ids, mask (rows, longest), of all lengths from 2 on, with rubbish in the
+    padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 41, (rows, longest), generator=generator)
     segment_ids = torch.randint(0, 2, (rows, longest), generator=generator)
@@ -50,10 +64,23 @@ def tiny_batch(seed: int = 0, rows: int = 9, longest: int = 13) -> tuple[torch.T
 
 def save_tiny_weights(folder: Path) -> Path:
     """A weights folder in the hub's layout: two layers, 8 wide, an alphabet of word pieces."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789",
-             *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
-    config = BertConfig(vocab_size=len(words), hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=12, max_position_embeddings=24)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz0123456789",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    ]
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=24,
+    )
     parts, tensors = Bert(config).state_dict(), {}
     for ours, theirs in name_table(config).items():
         tensors |= dict(zip(theirs, (part.clone() for part in parts[ours].chunk(len(theirs)))))

@@ -1,6 +1,8 @@
-"""Training and evaluation as a user runs them: whole runs of the toy task, killed runs, bad input."""
+"""Training and evaluation as a user runs them: whole runs of the toy task, killed runs, bad
+input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,20 +17,36 @@ import train
 from results import study
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--limit", "240", "--epochs1", "3", "--epochs2", "2", "--batch-size", "16", "--dropout", "0.1", "--device", "cpu"]
+SMALL = [
+    "--limit",
+    "240",
+    "--epochs1",
+    "3",
+    "--epochs2",
+    "2",
+    "--batch-size",
+    "16",
+    "--dropout",
+    "0.1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """refused(main, arguments, *words): the script ends with status 2, one line on stderr, and the words that help."""
+    """refused(main, arguments, *words): the script ends with status 2, one line on stderr, and the
+    words that help."""
+
     def check(main, arguments, *words: str) -> None:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:         # any other exception would be a traceback
+        with pytest.raises(SystemExit) as stop:  # any other exception would be a traceback
             main([str(argument) for argument in arguments])
-        line = capsys.readouterr().err.strip().splitlines()[-1]     # argparse puts its usage above
+        line = capsys.readouterr().err.strip().splitlines()[-1]  # argparse puts its usage above
         assert stop.value.code == 2
         for word in words:
             assert word in line
+
     monkeypatch.chdir(tmp_path)
     return check
 
@@ -47,7 +65,8 @@ def weights(folder: Path) -> dict:
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_resume_gives_the_same_weights(finished, tmp_path, monkeypatch, stop_after):
-    """Killed after an epoch of either phase, and in the middle of the next, a run ends where it would have ended."""
+    """Killed after an epoch of either phase, and in the middle of the next, a run ends where it
+    would have ended."""
     written = []
 
     def save_then_die(path, **content):
@@ -72,11 +91,13 @@ def test_resume_gives_the_same_weights(finished, tmp_path, monkeypatch, stop_aft
     assert all(torch.equal(value, theirs[name]) for name, value in weights(finished).items())
     assert not (tmp_path / "run/checkpoint.pt").exists()
     ours, same = ((f / "log.jsonl").read_text().splitlines() for f in (finished, tmp_path / "run"))
-    assert len(ours) == len(same)                       # no step is logged twice
+    assert len(ours) == len(same)  # no step is logged twice
 
 
 def test_resume_after_the_last_epoch(finished, tmp_path, monkeypatch):
-    """Stopped between the last checkpoint and model.pt: nothing is trained again, nothing is lost."""
+    """Stopped between the last checkpoint and model.pt: nothing is trained again, nothing is
+    lost."""
+
     def no_model(path, **content):
         if path.name == "model.pt":
             raise MemoryError
@@ -93,33 +114,48 @@ def test_resume_after_the_last_epoch(finished, tmp_path, monkeypatch):
 
 
 def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
-    """A real kill -9; the checkpoint that is there is whole, and nothing half-written bears a good name."""
+    """A real kill -9; the checkpoint that is there is whole, and nothing half-written bears a good
+    name."""
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--epochs1", "200", "--out", str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, "--epochs1", "200", "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 60
     while not (out / "checkpoint.pt").exists() and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     state = train.load_file(out / "checkpoint.pt")
-    assert state["done"] >= 1 and sum("held-out" in record for record in state["log"]) == state["done"]
+    assert (
+        state["done"] >= 1
+        and sum("held-out" in record for record in state["log"]) == state["done"]
+    )
     assert not (out / "model.pt").exists()
     refused(evaluation.main, [out], "model.pt")
 
 
 def test_evaluation_writes_what_it_prints(finished, capsys):
     """eval.json holds every row of the table; layers, FLOPs and exits agree with each other."""
-    evaluation.main([str(finished), "--thresholds", "0.1", "0.5", "9", "--repeats", "1", "--device", "cpu"])
+    evaluation.main(
+        [str(finished), "--thresholds", "0.1", "0.5", "9", "--repeats", "1", "--device", "cpu"]
+    )
     printed = capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
     assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 1000)
-    assert [row["mode"] for row in result["rows"]] == ["plain", "skip"] + ["exit"] * 3 + ["both"] * 3
+    assert [row["mode"] for row in result["rows"]] == ["plain", "skip"] + ["exit"] * 3 + [
+        "both"
+    ] * 3
     for row in result["rows"]:
         assert sum(row["exit_histogram"]) == 1000 and len(row["skip_rate"]) == 6
         assert sum(level["examples"] for level in row["levels"]) == 1000
-        assert row["score"] == pytest.approx(sum(l["accuracy"] for l in row["levels"]) / 4, abs=1e-6)
-        assert row["layers"] == pytest.approx(sum(l["layers"] for l in row["levels"]) / 4, abs=1e-5)
+        assert row["score"] == pytest.approx(
+            sum(l["accuracy"] for l in row["levels"]) / 4, abs=1e-6
+        )
+        assert row["layers"] == pytest.approx(
+            sum(l["layers"] for l in row["levels"]) / 4, abs=1e-5
+        )
         assert row["seconds"] > 0 and f"{row['flops']:.3f}" in printed
     plain = result["rows"][0]
     assert (plain["flops"], plain["layers"], plain["threshold"]) == (1.0, 6.0, None)
@@ -131,15 +167,28 @@ def test_evaluation_writes_what_it_prints(finished, capsys):
 def test_plain_bert_and_ablations_run(tmp_path, capsys):
     """The baseline and each ablation train and evaluate."""
     tiny = ["--limit", "60", "--epochs1", "1", "--epochs2", "1", "--device", "cpu"]
-    for name, flags in (("bert", ["--method", "bert"]), ("none", ["--no-skipping"]), ("soft", ["--soft-gates"]),
-                        ("far", ["--no-contrast", "--lam", "0.04", "--gate-bias", "0"]), ("gates", ["--epochs2", "0"])):
+    for name, flags in (
+        ("bert", ["--method", "bert"]),
+        ("none", ["--no-skipping"]),
+        ("soft", ["--soft-gates"]),
+        ("far", ["--no-contrast", "--lam", "0.04", "--gate-bias", "0"]),
+        ("gates", ["--epochs2", "0"]),
+    ):
         out = tmp_path / name
         train.main([*tiny, *flags, "--out", str(out)])
         evaluation.main([str(out), "--repeats", "1", "--thresholds", "0.5", "--device", "cpu"])
-    rows = {name: [row["mode"] for row in json.loads((tmp_path / name / "eval.json").read_text())["rows"]]
-            for name in ("bert", "none", "soft", "gates")}
-    assert rows == {"bert": ["plain"], "none": ["plain", "exit"], "soft": ["plain", "skip", "exit", "both"],
-                    "gates": ["plain", "skip"]}
+    rows = {
+        name: [
+            row["mode"] for row in json.loads((tmp_path / name / "eval.json").read_text())["rows"]
+        ]
+        for name in ("bert", "none", "soft", "gates")
+    }
+    assert rows == {
+        "bert": ["plain"],
+        "none": ["plain", "exit"],
+        "soft": ["plain", "skip", "exit", "both"],
+        "gates": ["plain", "skip"],
+    }
     records = [json.loads(line) for line in (tmp_path / "none/log.jsonl").read_text().splitlines()]
     assert all(share == 1 for record in records if "run" in record for share in record["run"])
 
@@ -154,17 +203,18 @@ def test_an_existing_run_is_not_overwritten(finished, refused):
 def test_bad_input_of_training(tmp_path, refused):
     """Each with one line and status 2, and no folder left behind."""
     for arguments, words in (
-            (["--task", "sst-2"], ["unknown task", "sst2"]),
-            (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
-            (["--method", "magic"], ["magic", "smartbert"]),
-            (["--epochs1", "0"], ["epochs1", "from 1"]),
-            (["--budget", "2"], ["budget", "2", "to 1"]),
-            (["--lr", "nan"], ["lr"]),
-            (["--seed", "-1"], ["--seed", "from 0"]),
-            (["--tau1", "0"], ["--tau1"]),
-            (["--max-length", "4000"], ["4000", "128"]),
-            (["--max-length", "3"], ["3"]),
-            (["--device", "tpu"], ["tpu", "cpu"])):
+        (["--task", "sst-2"], ["unknown task", "sst2"]),
+        (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
+        (["--method", "magic"], ["magic", "smartbert"]),
+        (["--epochs1", "0"], ["epochs1", "from 1"]),
+        (["--budget", "2"], ["budget", "2", "to 1"]),
+        (["--lr", "nan"], ["lr"]),
+        (["--seed", "-1"], ["--seed", "from 0"]),
+        (["--tau1", "0"], ["--tau1"]),
+        (["--max-length", "4000"], ["4000", "128"]),
+        (["--max-length", "3"], ["3"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+    ):
         refused(train.main, [*arguments, "--out", "run"], *words)
     if not torch.cuda.is_available():
         refused(train.main, ["--device", "cuda", "--out", "run"], "cuda")
@@ -174,7 +224,12 @@ def test_bad_input_of_training(tmp_path, refused):
 def test_a_loss_that_explodes_is_no_run(tmp_path, refused):
     """It is said, no model is left, and the same folder takes the next try."""
     out = tmp_path / "run"
-    refused(train.main, [*SMALL, "--lr", "1e9", "--weight-decay", "1e9", "--out", out], "the loss is", "--lr")
+    refused(
+        train.main,
+        [*SMALL, "--lr", "1e9", "--weight-decay", "1e9", "--out", out],
+        "the loss is",
+        "--lr",
+    )
     assert not (out / "model.pt").exists()
     train.main([*SMALL, "--out", str(out)])
     assert (out / "model.pt").is_file()
@@ -185,43 +240,77 @@ def test_weights_and_vocabulary_must_fit(tmp_path, refused):
     from dataclasses import asdict
 
     from bert import Bert, BertConfig, name_table
-    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     parts = Bert(config).state_dict()
     tensors = {}
     for ours, theirs in name_table(config).items():
         tensors |= dict(zip(theirs, parts[ours].chunk(len(theirs))))
-    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin"
+    )
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     refused(train.main, ["--weights", tmp_path, "--out", "run"], "10", "9", "vocab.txt")
-    (tmp_path / "vocab.txt").write_text("\n".join(words[:6]) + "\n")      # spare rows of embeddings: no fault
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(words[:6]) + "\n"
+    )  # spare rows of embeddings: no fault
     refused(train.main, ["--weights", tmp_path, "--out", "run"], "single layer")
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"]) + "\n")
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcde"]) + "\n"
+    )
     refused(train.main, ["--weights", tmp_path, "--out", "run"], "single layer")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("budget, best", [("0.7", 2), ("0.4", 3), ("0", 2)])
 def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
-    """Of the epochs that keep it, that of the best score; where none does, the best of those pushed in full."""
+    """Of the epochs that keep it, that of the best score; where none does, the best of those
+    pushed in full."""
     epochs, written, save = iter([(0.9, 6.0), (0.8, 4.0), (0.7, 2.0)]), [], train.save
 
     def noted(path, **content):
         written.append(path.name)
         save(path, **content)
 
-    monkeypatch.setattr(train, "observe", lambda *_: dict(zip(("accuracy", "layers"), next(epochs))))
+    monkeypatch.setattr(
+        train, "observe", lambda *_: dict(zip(("accuracy", "layers"), next(epochs)))
+    )
     monkeypatch.setattr(train, "save", noted)
-    train.main(["--limit", "40", "--epochs1", "3", "--epochs2", "0", "--budget", budget, "--device", "cpu", "--out",
-                str(tmp_path / "run")])
-    last = len(written) - 1 - written[::-1].index("phase1.pt")          # after that epoch comes its checkpoint
+    train.main(
+        [
+            "--limit",
+            "40",
+            "--epochs1",
+            "3",
+            "--epochs2",
+            "0",
+            "--budget",
+            budget,
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    last = (
+        len(written) - 1 - written[::-1].index("phase1.pt")
+    )  # after that epoch comes its checkpoint
     assert written[:last].count("checkpoint.pt") + 1 == best
 
 
 def test_bad_input_of_evaluation(finished, tmp_path, refused):
     """Once as a process of its own, to see the status; then each in turn."""
-    result = subprocess.run([sys.executable, str(ROOT / "eval.py"), str(tmp_path)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), str(tmp_path)], capture_output=True, text=True
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     refused(evaluation.main, [tmp_path], "no run")
     refused(evaluation.main, [finished, "--thresholds", "low"], "low", "--thresholds")
@@ -232,17 +321,32 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, [finished, "--predict", "x", "--criteria"], "--criteria")
     refused(evaluation.main, [finished, "--predict", "x", "--trace", "y"], "--trace")
     refused(evaluation.main, [], "run")
-    train.main(["--method", "bert", "--limit", "40", "--epochs1", "1", "--device", "cpu", "--out", str(tmp_path / "bert")])
+    train.main(
+        [
+            "--method",
+            "bert",
+            "--limit",
+            "40",
+            "--epochs1",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "bert"),
+        ]
+    )
     refused(evaluation.main, [tmp_path / "bert", "--criteria"], "plain BERT")
     model = (finished / "model.pt").read_bytes()
-    for content, word in ((model[:len(model) // 2], "truncated"), (b"", "truncated")):
+    for content, word in ((model[: len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
         copy.mkdir(exist_ok=True)
         for name in "settings.json", "data.json":
             (copy / name).write_bytes((finished / name).read_bytes())
         (copy / "model.pt").write_bytes(content)
         refused(evaluation.main, [copy], word)
-        refused(train.main, [*SMALL, "--out", copy, "--resume"], word, "--overwrite")      # nor is it finished already
+        refused(
+            train.main, [*SMALL, "--out", copy, "--resume"], word, "--overwrite"
+        )  # nor is it finished already
     torch.save({"version": 99}, copy / "model.pt")
     refused(evaluation.main, [copy], "another version")
     content = torch.load(finished / "model.pt", weights_only=True)
@@ -267,12 +371,14 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path, refused, more):
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / name).write_text('{"font": 12}')
     refused(train.main, [*SMALL, *more, "--out", tmp_path / "mine"], "not empty", "new folder")
-    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == dict.fromkeys(
-        ("vocab.txt", "settings.json", "eval-notes.json"), '{"font": 12}')
+    assert {
+        path.name: path.read_text() for path in (tmp_path / "mine").iterdir()
+    } == dict.fromkeys(("vocab.txt", "settings.json", "eval-notes.json"), '{"font": 12}')
 
 
 def test_other_data_than_the_runs_are_noticed(tmp_path, refused):
-    """A row more, another order or another label in train.tsv: neither --resume nor eval.py goes on."""
+    """A row more, another order or another label in train.tsv: neither --resume nor eval.py goes
+    on."""
     glue = tmp_path / "glue" / "SST-2"
     glue.mkdir(parents=True)
     rows = [f"the film number {i} is {'good' if i % 2 else 'bad'}\t{i % 2}" for i in range(40)]
@@ -283,21 +389,56 @@ def test_other_data_than_the_runs_are_noticed(tmp_path, refused):
     write(rows)
     (glue / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[:10]]) + "\n")
     from conftest import save_tiny_weights
-    arguments = ["--task", "sst2", "--weights", save_tiny_weights(tmp_path / "weights"), "--data-dir", glue.parent,
-                 "--epochs1", "1", "--epochs2", "1", "--max-length", "12", "--device", "cpu", "--out", tmp_path / "run"]
+
+    arguments = [
+        "--task",
+        "sst2",
+        "--weights",
+        save_tiny_weights(tmp_path / "weights"),
+        "--data-dir",
+        glue.parent,
+        "--epochs1",
+        "1",
+        "--epochs2",
+        "1",
+        "--max-length",
+        "12",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "run",
+    ]
     train.main([str(argument) for argument in arguments])
     evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
     for other in rows + [rows[0]], rows[::-1], [rows[0].replace("\t0", "\t1"), *rows[1:]]:
         write(other)
-        refused(evaluation.main, [tmp_path / "run", "--device", "cpu"], "another train.tsv", "--data-dir")
+        refused(
+            evaluation.main,
+            [tmp_path / "run", "--device", "cpu"],
+            "another train.tsv",
+            "--data-dir",
+        )
         refused(train.main, [*arguments, "--resume"], "another train.tsv")
     write(rows)
     evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
 
 
-@pytest.mark.parametrize("name, value", [
-    ("task", 5), ("max_length", "abc"), ("max_length", 64.5), ("held_out", None), ("seed", True), ("bf16", "yes"),
-    ("lr", float("inf")), ("gate_bias", float("nan")), ("epochs1", 10**9), ("weights", 7), ("method", "magic")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("task", 5),
+        ("max_length", "abc"),
+        ("max_length", 64.5),
+        ("held_out", None),
+        ("seed", True),
+        ("bf16", "yes"),
+        ("lr", float("inf")),
+        ("gate_bias", float("nan")),
+        ("epochs1", 10**9),
+        ("weights", 7),
+        ("method", "magic"),
+    ],
+)
 def test_settings_are_not_trusted(finished, tmp_path, refused, name, value):
     """A value of another type or out of range: one line for --resume and for eval.py."""
     for file in "settings.json", "data.json", "model.pt", "vocab.txt":
@@ -308,11 +449,35 @@ def test_settings_are_not_trusted(finished, tmp_path, refused, name, value):
     refused(train.main, [*SMALL, "--resume", "--out", tmp_path], "settings.json", "--overwrite")
 
 
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_an_interrupt_while_importing_is_quiet(tmp_path, script):
+    """Ctrl-C before the program has begun: no page of traceback."""
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert result.returncode in (-signal.SIGINT, 130) and not result.stderr
+
+
 def test_nobody_need_read_what_training_prints(tmp_path):
     """Into a pipe that is closed, and with closed streams, a run is finished all the same."""
-    command = [sys.executable, str(ROOT / "train.py"), "--limit", "40", "--epochs1", "2", "--epochs2", "1",
-               "--device", "cpu", "--out"]
-    head = subprocess.Popen([*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--limit",
+        "40",
+        "--epochs1",
+        "2",
+        "--epochs2",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    head = subprocess.Popen(
+        [*command, str(tmp_path / "a")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     head.stdout.close()
     assert b"Traceback" not in head.stderr.read() and head.wait() == 0
     closed = subprocess.run(" ".join([*command, str(tmp_path / "b"), "<&- >&- 2>&-"]), shell=True)
