@@ -8,13 +8,14 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_batch, tiny_model
+from conftest import save_tiny_weights, tiny_batch, tiny_model
 from torch import nn
 
 import data
 import train
+from bert import Bert, BertConfig, Dropout
 from data import Split
-from smartbert import gated_forward, phase1_loss, phase2_loss
+from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss, width
 from train import Settings
 
 
@@ -127,6 +128,38 @@ def test_phase2_loss_by_hand():
     pairs = [tokens_told_apart(u[i], u[i + 1], 0.7) for i in range(3)]
     got = phase2_loss(model, *batch, torch.tensor(labels), eta2=0.4, tau2=0.7)
     assert got.item() == pytest.approx(0.6 * task + 0.4 * sum(pairs) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("no_contrast", [False, True])
+def test_each_phase_has_its_own_contrast(monkeypatch, no_contrast):
+    """Weights and temperatures reach the losses; the ablation sets both weights to 0."""
+    seen = []
+
+    def noted(loss):
+        return lambda *inputs, **more: seen.append(more) or loss(*inputs, **more)
+
+    monkeypatch.setattr(train, "phase1_loss", noted(phase1_loss))
+    monkeypatch.setattr(train, "phase2_loss", noted(phase2_loss))
+    for phase in 1, 2:
+        Run(phase, rows=4, eta1=0.1, eta2=0.2, tau1=0.3, tau2=0.4, no_contrast=no_contrast)
+    eta1, eta2 = (0, 0) if no_contrast else (0.1, 0.2)
+    assert (seen[0]["eta1"], seen[0]["tau1"]) == (eta1, 0.3)
+    assert seen[1:] == [dict(eta2=eta2, tau2=0.4)]
+
+
+def test_the_log_holds_means_of_twenty_steps(monkeypatch):
+    """Of 45 steps: 1 to 20, 21 to 40 and the last five."""
+    losses = iter(range(45))
+
+    def counted(*inputs, **more):
+        result = phase1_loss(*inputs, **more)
+        result.loss = result.loss * 0 + next(losses)
+        return result
+
+    monkeypatch.setattr(train, "phase1_loss", counted)
+    log, = Run(rows=45, batch_size=1).logs
+    assert [record["step"] for record in log] == [20, 40, 45]
+    assert [record["loss"] for record in log] == [9.5, 29.5, 42]
 
 
 # --- The order of the examples ------------------------------------------------------------------
@@ -325,3 +358,87 @@ def kept(epochs: list[tuple[float, float]], **settings) -> int:
     ([(.9, 1.), (.8, .9), (.7, .8)], dict(lam=.1, penalty_start=.4, penalty_full=.8), 2)])
 def test_which_epoch_is_kept(epochs, settings, number):
     assert kept(epochs, **settings) == number
+
+
+# --- Whole runs, and what they start from ------------------------------------------------------
+
+def sst2_run(folder, *flags: str):
+    """Train on 41 sentences and tiny weights; returns the folder of the run."""
+    glue = folder / "SST-2"
+    glue.mkdir()
+    for name in "train", "dev":
+        rows = [f"{'very ' * (i % 9)}good number {i}\t{i % 2}" for i in range(41)]
+        (glue / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    train.main(["--task", "sst2", "--weights", str(save_tiny_weights(folder / "weights")),
+                "--data-dir", str(folder), "--device", "cpu", "--out", str(folder / "run"),
+                "--max-length", "12", "--epochs1", "1", "--epochs2", "1", *flags])
+    return folder / "run"
+
+
+@pytest.mark.parametrize("epochs2", [0, 1])
+def test_phase_1_ends_with_its_best_epoch(tmp_path, monkeypatch, epochs2):
+    """Of three epochs the second is the best: phase 2 leaves its encoder and gates to the bit, and
+    without a phase 2 it is the model."""
+    scores, written, save = iter([.7, .9, .8, .1]), [], train.save
+
+    def noted(path, **content):
+        if path.name == "checkpoint.pt":
+            written.append(copy.deepcopy(content["model"]))
+        save(path, **content)
+
+    monkeypatch.setattr(train, "observe", lambda *_: {"accuracy": next(scores), "layers": 0.0})
+    monkeypatch.setattr(train, "save", noted)
+    run = sst2_run(tmp_path, "--epochs1", "3", "--epochs2", str(epochs2))
+    model = torch.load(run / "model.pt", weights_only=True)["model"]
+    kept = {name for name in model if epochs2 == 0 or not name.startswith("heads.0.")}
+    assert all(torch.equal(model[name], written[1][name]) for name in kept)
+    assert not all(torch.equal(model[name], written[2][name]) for name in kept)
+
+
+def test_training_sees_the_first_rows_less_what_is_held_out(tmp_path, monkeypatch):
+    """--limit rows of the file, a share of them held out, none longer than --max-length."""
+    seen, epoch = [], train.train_epoch
+
+    def noted(model, optimizer, training, *more):
+        seen.append(training)
+        return epoch(model, optimizer, training, *more)
+
+    monkeypatch.setattr(train, "train_epoch", noted)
+    sst2_run(tmp_path, "--limit", "20", "--held-out", "0.2", "--max-length", "9")
+    numbers = [int(text.split()[-1]) for text, _ in seen[0].texts]
+    assert len(numbers) == 16 and set(numbers) < set(range(20)) and numbers == sorted(numbers)
+    assert max(map(len, seen[0].ids)) == 9 and len(seen) == 2
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_dropout_reaches_encoder_gates_and_heads(tmp_path, weights):
+    """Of the toy's fresh encoder, and of one from a folder, whatever its config.json says."""
+    folder = save_tiny_weights(tmp_path / "weights") if weights else None
+    settings = Settings(dropout=0.375, max_length=9)
+    model = train.build_model(settings, folder, 9, data.find_task("toy"))
+    assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {0.375}
+    assert {m.dropout for m in model.modules() if isinstance(m, ClsAttention)} == {0.375}
+
+
+@pytest.mark.parametrize("no_skipping, g", [(False, .11920292), (True, 0.0)])
+def test_gates_start_where_they_are_told(no_skipping, g):
+    model = train.build_model(Settings(no_skipping=no_skipping), None, 9, data.find_task("toy"))
+    for gate in model.gates:
+        nn.init.zeros_(gate.out.weight)
+        assert gate(torch.randn(1, 3, 64), None).item() == pytest.approx(g, abs=1e-6)
+
+
+def test_fresh_parts_start_at_the_scale_of_what_comes_in():
+    """Gates, heads and projections: variance 1 / inputs. The encoder is used as it is."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=9, hidden_size=384, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=8, initializer_range=0.5, layer_norm_eps=0.25)
+    model = SmartBert(Bert(config), classes=2)
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and p.numel() > 2000:
+            wanted = 0.5 if name.startswith("bert.") else p.shape[1] ** -0.5
+            assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+    assert {m.eps for m in model.bert.modules() if isinstance(m, nn.LayerNorm)} == {0.25}
+    biases = [m.bias for m in model.bert.modules() if isinstance(m, nn.Linear)]
+    assert not any(bias.any() for bias in biases)
+    assert [width(H) for H in (8, 48, 96, 128)] == [16, 16, 16, 24]
