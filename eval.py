@@ -429,8 +429,8 @@ def read_splits(arguments: argparse.Namespace, settings: dict) -> dict[str, Spli
     encoded as in training. Raises UserError."""
     folder, data_dir = Path(arguments.run), arguments.data_dir or settings["data_dir"]
     splits = data.load_task(settings["task"], data_dir, settings["cache"])
-    whole, _, held = train.part(splits["train"], settings)
-    train.check_data(folder, train.identify(whole, held))
+    _, held, identity = train.part(splits["train"], settings)
+    train.check_data(folder, identity)
     tokenizer, splits["train"] = data.load_tokenizer(folder), held
     return {name: data.encode(tokenizer, split, settings["max_length"]) if split else split
             for name, split in splits.items()}

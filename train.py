@@ -116,11 +116,8 @@ RECIPES = {
     "rte": dict(lr=5e-5, batch_size=16, epochs1=6, budget=0.6),
     "wnli": dict(batch_size=16),
 }
-# Settings that change no result, and those that a plain BERT does not have.
+# Settings that change no result.
 OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
-OF_SMARTBERT = {"budget", "budget_weight", "lam", "gate_bias", "penalty_start", "penalty_full",
-                "soft_epochs", "eta1", "eta2", "tau1", "tau2", "epochs2", "no_skipping",
-                "no_contrast", "soft_gates"}
 
 
 def check(settings: Settings) -> None:
@@ -214,146 +211,6 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
                                "gates": module is model.gates,
                                "weight_decay": settings.weight_decay if decayed else 0.0})
     return torch.optim.AdamW(parameters, fused=True)
-
-
-# --- A run's folder -----------------------------------------------------------------------------
-
-def read_settings(folder: Path) -> Settings:
-    """The settings of a run. Raises UserError where settings.json is missing, damaged or of
-    another version."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no run, for it has no settings.json: name a folder that "
-                        f"train.py made, such as runs/toy")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        settings = Settings(**values)
-        missing = asdict(settings).keys() - values.keys()
-        if missing:
-            raise ValueError(f"it lacks {min(missing)}")
-        check(settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version ({str(error)[:120]}): train "
-                        f"again with --overwrite")
-    return settings
-
-
-def is_run(folder: Path) -> bool:
-    """Whether train.py made this folder: it holds settings, or damaged settings and a model."""
-    try:
-        read_settings(folder)
-        return True
-    except UserError:
-        models = [folder / "model.pt", folder / "checkpoint.pt"]
-        return (folder / "settings.json").is_file() and any(path.is_file() for path in models)
-
-
-def open_folder(settings: Settings) -> Path:
-    """The run's folder: a new one, one to be resumed, or one to start over. Raises UserError."""
-    default = f"runs/{settings.task}{'-bert' * (settings.method == 'bert')}"
-    out = Path(os.path.expanduser(settings.out or default))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a folder")
-    names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    foreign = [name for name in names if not name.startswith(".") and not name.endswith(".tmp")]
-    if foreign and not is_run(out):
-        raise UserError(f"--out {out} is not empty and holds no run, but files such as "
-                        f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
-    if settings.resume and foreign:
-        before, now = asdict(read_settings(out)), asdict(settings)
-        for name in now.keys() - OF_A_MACHINE:
-            if before[name] != now[name]:
-                raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}"
-                                f": resume with the same settings")
-        return out
-    if settings.resume:
-        say(f"nothing to resume in {out}: starting from the beginning")
-    if {"checkpoint.pt", "model.pt"} & set(names) and not settings.overwrite:
-        raise UserError(f"{out} already holds a run: continue it with --resume, replace it with "
-                        f"--overwrite, or name another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
-    for pattern in "checkpoint.pt phase1.pt model.pt log.jsonl data.json eval*.json".split():
-        for stale in out.glob(pattern):
-            stale.unlink()
-    data.write_json(out / "settings.json", asdict(settings))
-    return out
-
-
-def save(path: Path, **content) -> None:
-    """Write a .pt file whole or not at all."""
-    data.atomic_write(path, lambda file: torch.save({"version": VERSION, **content}, file))
-
-
-def load_file(path: Path) -> dict:
-    """A .pt file that train.py wrote. Raises UserError where it is missing, truncated or of
-    another version."""
-    try:
-        content = read_file(path, "let train.py finish the run with --resume, or start over with "
-                            "--overwrite")
-    except ValueError as error:
-        raise UserError(error)
-    if content.get("version") != VERSION:
-        raise UserError(f"{path} was written by another version of this project: train again with "
-                        f"--overwrite")
-    return content
-
-
-def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
-    """Settings and trained model of a run. Raises UserError."""
-    settings, content = read_settings(Path(folder)), load_file(Path(folder) / "model.pt")
-    try:
-        model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
-        model.load_state_dict(content["model"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{folder}/model.pt is of another version of this code, or is damaged: "
-                        f"train again with --overwrite")
-    return asdict(settings), model.to(device).eval()
-
-
-def part(split: Split, settings: dict) -> tuple[Split, Split, Split]:
-    """A training set up to --limit, and its two parts: to train on, and held out."""
-    whole = split.select(range(len(split))[:settings["limit"]])
-    return whole, *data.hold_out(whole, settings["held_out"], settings["seed"])
-
-
-def of_result(settings: dict) -> dict:
-    """The settings that decide on a run's result; of the weights only the name."""
-    plain = settings["method"] == "bert"
-    left_out = OF_A_MACHINE | (OF_SMARTBERT if plain else set())
-    kept = {name: value for name, value in settings.items() if name not in left_out}
-    return kept | {"weights": settings["weights"] and Path(settings["weights"]).name}
-
-
-def identify(training: Split, held: Split) -> dict:
-    """What a run remembers of its data, in data.json: digests of the training set (as far as
-    --limit goes) and of the held-out part, and whether the file was a partial one."""
-    return {"train": data.digest(training), "held_out": data.digest(held),
-            "partial": training.partial}
-
-
-def write_identity(out: Path, identity: dict, tokenizer: BertWordPieceTokenizer) -> None:
-    """data.json and the vocabulary. Raises UserError where a run in this folder had other data."""
-    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
-        check_data(out, identity)
-    else:
-        data.write_json(out / "data.json", identity)
-    data.write_vocabulary(tokenizer, out)
-
-
-def check_data(folder: Path, identity: dict) -> None:
-    """Raise UserError where a run was made from other data than these."""
-    path = folder / "data.json"
-    try:
-        same = json.loads(path.read_text()) == identity
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or damaged: train again with --overwrite")
-    if not same:
-        raise UserError(f"{folder} was trained on another train.tsv than the one that is there "
-                        f"now, so its held-out examples are not known: name the former folder "
-                        f"with --data-dir")
 
 
 # --- Inference over a whole split, for the log and for eval.py ----------------------------------
@@ -565,6 +422,17 @@ def train(settings: Settings) -> Path:
     return out
 
 
+def part(split: Split, settings: dict) -> tuple[Split, Split, dict]:
+    """A training set (up to --limit) in two parts: to train on, and held out; and what a run keeps
+    of it in data.json: a digest of the whole and of the held-out part, and whether the file was a
+    partial one."""
+    whole = split.select(range(len(split))[:settings["limit"]])
+    training, held = data.hold_out(whole, settings["held_out"], settings["seed"])
+    identity = {"train": data.digest(whole), "held_out": data.digest(held),
+                "partial": whole.partial}
+    return training, held, identity
+
+
 def set_up(settings: Settings) -> tuple:
     """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
     split that judges epochs and this split, and what identifies the data. Completes the settings.
@@ -576,7 +444,7 @@ def set_up(settings: Settings) -> tuple:
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    whole, training, held = part(splits["train"], asdict(settings))
+    training, held, identity = part(splits["train"], asdict(settings))
     judge, judged = ("held-out", held) if held else (task.devs[0], splits[task.devs[0]])
     if not held:
         say(f"warning: nothing is held out, so {judge} picks the epoch that it then judges")
@@ -586,10 +454,133 @@ def set_up(settings: Settings) -> tuple:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
     training = data.encode(tokenizer, training, settings.max_length)
     judged = data.encode(tokenizer, judged, settings.max_length)
-    return model, tokenizer, training, judge, judged, identify(whole, held)
+    return model, tokenizer, training, judge, judged, identity
 
 
-# --- Checkpoints --------------------------------------------------------------------------------
+# --- A run's folder -----------------------------------------------------------------------------
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of a run. Raises UserError where settings.json is missing, damaged or of
+    another version."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run, for it has no settings.json: name a folder that "
+                        f"train.py made, such as runs/toy")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        settings = Settings(**values)
+        missing = asdict(settings).keys() - values.keys()
+        if missing:
+            raise ValueError(f"it lacks {min(missing)}")
+        check(settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version ({str(error)[:120]}): train "
+                        f"again with --overwrite")
+    return settings
+
+
+def is_run(folder: Path) -> bool:
+    """Whether train.py made this folder: it holds settings, or damaged settings and a model."""
+    try:
+        read_settings(folder)
+        return True
+    except UserError:
+        models = [folder / "model.pt", folder / "checkpoint.pt"]
+        return (folder / "settings.json").is_file() and any(path.is_file() for path in models)
+
+
+def open_folder(settings: Settings) -> Path:
+    """The run's folder: a new one, one to be resumed, or one to start over. Raises UserError."""
+    default = f"runs/{settings.task}{'-bert' * (settings.method == 'bert')}"
+    out = Path(os.path.expanduser(settings.out or default))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    foreign = [name for name in names if not name.startswith(".") and not name.endswith(".tmp")]
+    if foreign and not is_run(out):
+        raise UserError(f"--out {out} is not empty and holds no run, but files such as "
+                        f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
+    if settings.resume and foreign:
+        before, now = asdict(read_settings(out)), asdict(settings)
+        for name in now.keys() - OF_A_MACHINE:
+            if before[name] != now[name]:
+                raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}"
+                                f": resume with the same settings")
+        return out
+    if settings.resume:
+        say(f"nothing to resume in {out}: starting from the beginning")
+    if {"checkpoint.pt", "model.pt"} & set(names) and not settings.overwrite:
+        raise UserError(f"{out} already holds a run: continue it with --resume, replace it with "
+                        f"--overwrite, or name another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
+    for pattern in "checkpoint.pt phase1.pt model.pt log.jsonl data.json eval*.json".split():
+        for stale in out.glob(pattern):
+            stale.unlink()
+    data.write_json(out / "settings.json", asdict(settings))
+    return out
+
+
+def save(path: Path, **content) -> None:
+    """Write a .pt file whole or not at all."""
+    data.atomic_write(path, lambda file: torch.save({"version": VERSION, **content}, file))
+
+
+def load_file(path: Path) -> dict:
+    """A .pt file that train.py wrote. Raises UserError where it is missing, truncated or of
+    another version."""
+    try:
+        content = read_file(path, "let train.py finish the run with --resume, or start over with "
+                            "--overwrite")
+    except ValueError as error:
+        raise UserError(error)
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} was written by another version of this project: train again with "
+                        f"--overwrite")
+    return content
+
+
+def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
+    """Settings and trained model of a run. Raises UserError."""
+    settings, content = read_settings(Path(folder)), load_file(Path(folder) / "model.pt")
+    try:
+        model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
+        model.load_state_dict(content["model"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{folder}/model.pt is of another version of this code, or is damaged: "
+                        f"train again with --overwrite")
+    return asdict(settings), model.to(device).eval()
+
+
+def of_result(settings: dict) -> dict:
+    """The settings that decide on a run's result; of the weights only the name."""
+    kept = {name: value for name, value in settings.items() if name not in OF_A_MACHINE}
+    return kept | {"weights": settings["weights"] and Path(settings["weights"]).name}
+
+
+def write_identity(out: Path, identity: dict, tokenizer: BertWordPieceTokenizer) -> None:
+    """data.json and the vocabulary. Raises UserError where a run in this folder had other data."""
+    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
+        check_data(out, identity)
+    else:
+        data.write_json(out / "data.json", identity)
+    data.write_vocabulary(tokenizer, out)
+
+
+def check_data(folder: Path, identity: dict) -> None:
+    """Raise UserError where a run was made from other data than these."""
+    path = folder / "data.json"
+    try:
+        same = json.loads(path.read_text()) == identity
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: train again with --overwrite")
+    if not same:
+        raise UserError(f"{folder} was trained on another train.tsv than the one that is there "
+                        f"now, so its held-out examples are not known: name the former folder "
+                        f"with --data-dir")
+
 
 def save_model(path: Path, model: SmartBert) -> None:
     save(path, model=model.state_dict(), config=asdict(model.bert.config),
