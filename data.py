@@ -18,9 +18,10 @@ import random
 import sys
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,23 +89,62 @@ def find_task(name: str) -> Task:
 
 
 @dataclass
+class Ragged:
+    """N rows of unequal length in one flat array: row i is values[starts[i]:starts[i] + lengths[i]].
+
+    starts, lengths (N,) int64. A selection of rows shares the flat array, so it costs no copy.
+    """
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.starts[i]:self.starts[i] + self.lengths[i]]
+
+    def select(self, indices: list[int]) -> "Ragged":
+        return Ragged(self.values, self.starts[indices], self.lengths[indices])
+
+    def padded(self, indices: list[int]) -> np.ndarray:
+        """These B rows as a matrix (B, S), where S is the length of the longest, with 0 after the end
+        of a row."""
+        lengths = self.lengths[indices][:, None]                        # (B, 1)
+        column = np.arange(lengths.max())                               # (S,)
+        place = self.starts[indices][:, None] + column                  # (B, S), in values
+        return np.where(column < lengths, self.values.take(place, mode="clip"), 0)
+
+
+@dataclass
 class Split:
-    """Examples of one split. texts: (text, second text or None); labels: class ids; levels: the toy's difficulty;
-    ids, segment_ids: token and segment ids of each example, there once `encode` has run; partial: from a *.partial.tsv."""
+    """N examples. texts: (text, second text or None) of each; labels: class ids; levels: the toy's
+    difficulty; ids, segment_ids: token and segment ids, None before `encode`; partial: whether they
+    come from a *.partial.tsv."""
     texts: list[tuple[str, str | None]]
     labels: list[int]
     levels: list[int] | None = None
-    ids: list[list[int]] = field(default_factory=list)
-    segment_ids: list[list[int]] = field(default_factory=list)
+    ids: Ragged | None = None
+    segment_ids: Ragged | None = None
     partial: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each example, (N,) int64."""
+        return self.ids.lengths
+
     def select(self, indices) -> "Split":
         """The examples at these positions, in this order."""
-        return replace(self, **{name: [values[i] for i in indices] for name, values in vars(self).items()
-                                if isinstance(values, list) and values})
+        rows, chosen = list(indices), {}
+        for name, values in vars(self).items():
+            if isinstance(values, Ragged):
+                chosen[name] = values.select(rows)
+            elif isinstance(values, list):
+                chosen[name] = [values[i] for i in rows]
+        return replace(self, **chosen)
 
 
 def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path | None = None,
@@ -139,10 +179,13 @@ def read_lines(path: Path, advice: str) -> list[str]:
     """The lines of a UTF-8 text, with or without BOM; - is standard input. They end at \\n (or \\r\\n) alone: GLUE's
     sentences hold other characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
     try:
-        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+        with sys.stdin.buffer if str(path) == "-" else path.open("rb") as file:
+            lines = [line.removesuffix(b"\n").removesuffix(b"\r").decode() for line in file]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{path} is missing, or is not UTF-8 text: {advice}")
-    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+    while lines and not lines[-1]:
+        lines.pop()
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else [""]
 
 
 def quote(cell: str) -> str:
@@ -165,9 +208,11 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
     if twice is not None:
         raise UserError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
-    wanted = set(task.columns) - {None}
-    if not wanted <= set(header):
-        raise UserError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
+    missing = set(task.columns) - {None} - set(header)
+    if missing:
+        raise UserError(f"{path} has no column {min(missing)!r} in its first line: {advice}")
+    column = {name: i for i, name in enumerate(header)}
+    first_text, second_text, label_at = map(column.get, task.columns)       # None: no second text
     texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
     for number, line in enumerate(lines, first):
         cells = line.split("\t")                    # no quoting: a " is a character like any other
@@ -175,14 +220,15 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
             why = "lack fields" if len(cells) < len(header) else "have too many fields"
             left_out.setdefault(why, []).append(number)
             continue
-        text, second, label = map(dict(zip(header, cells)).get, task.columns)
+        label = cells[label_at]
         if task.name == "mnli" and label == "-":        # its annotators did not agree
             left_out.setdefault("have no gold label", []).append(number)
             continue
         if label not in task.labels:
             raise UserError(f"{path}, line {number}: label {quote(label)} is none of "
                             f"{', '.join(task.labels)}: {advice}")
-        texts.append((text, second))
+        second = None if second_text is None else cells[second_text]
+        texts.append((cells[first_text], second))
         labels.append(task.labels.index(label))
     notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
              f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
@@ -373,6 +419,7 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
 
 # --- Tokens and batches -----------------------------------------------------------------------------------------------
 
+CHUNK = 10_000          # texts that are encoded at a time: the tokenizer's own objects are large
 SPECIALS = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
 
 
@@ -450,13 +497,23 @@ def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> N
 
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
-    """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP], of which the longer
-    text is cut first where there are more than max_length tokens. Raises UserError."""
+    """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP].
+    Where that is more than max_length tokens, the longer text is cut first. Raises UserError."""
     if max_length < 8:
         raise UserError(f"a maximal length of {max_length} tokens leaves nothing of a sentence: use 8 or more")
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    done = tokenizer.encode_batch([text if second is None else (text, second) for text, second in split.texts])
-    return replace(split, ids=[e.ids for e in done], segment_ids=[e.type_ids for e in done])
+    ids, segment_ids, lengths = array("i"), array("B"), array("q")     # int32, uint8, int64
+    for start in range(0, len(split), CHUNK):
+        texts = [text if second is None else (text, second)
+                 for text, second in split.texts[start:start + CHUNK]]
+        for row in tokenizer.encode_batch(texts):
+            ids.extend(row.ids)
+            segment_ids.extend(row.type_ids)
+            lengths.append(len(row))
+    lengths = np.array(lengths)
+    starts = lengths.cumsum() - lengths
+    return replace(split, ids=Ragged(np.array(ids), starts, lengths),
+                   segment_ids=Ragged(np.array(segment_ids), starts, lengths))
 
 
 @dataclass
@@ -474,12 +531,12 @@ class Batch:
 
 def collate(split: Split, indices: list[int]) -> Batch:
     """These examples as one batch, padded to the longest of them only (with id 0: the mask hides it)."""
-    lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
-    ids, segment_ids = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
-    segment_ids[mask] = torch.tensor([segment for i in indices for segment in split.segment_ids[i]])
-    return Batch(ids, segment_ids, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
+    lengths = torch.tensor(split.lengths[indices])                                      # (B,)
+    ids, segment_ids = (torch.from_numpy(rows.padded(indices)).long()
+                        for rows in (split.ids, split.segment_ids))                     # (B, S)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]                                # (B, S)
+    labels = torch.tensor([split.labels[i] for i in indices])                           # (B,)
+    return Batch(ids, segment_ids, mask, labels, torch.tensor(indices))
 
 
 def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
@@ -491,15 +548,16 @@ def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list
     if size < 1:
         raise UserError(f"a batch size of {size} is no size: use 1 or more")
 
-    def cut(rows) -> list[list[int]]:
-        rows = sorted(rows, key=lambda i: len(split.ids[i]))                            # an IndexError: not encoded yet
+    def cut(rows: np.ndarray) -> list[list[int]]:
+        rows = rows[split.lengths[rows].argsort(kind="stable")].tolist()
         return [rows[i:i + size] for i in range(0, len(rows), size)]
 
     if seed is None:
-        return cut(range(len(split)))
+        return cut(np.arange(len(split)))
     rng = np.random.default_rng(seed)
-    order, pool = rng.permutation(len(split)).tolist(), 50 * size
-    made = [batch for start in range(0, len(order), pool) for batch in cut(order[start:start + pool])]
+    order, pool = rng.permutation(len(split)), 50 * size
+    made = [batch for start in range(0, len(order), pool)
+            for batch in cut(order[start:start + pool])]
     return [made[i] for i in rng.permutation(len(made))]
 
 

@@ -19,11 +19,20 @@ import requests
 import torch
 
 import data
-from data import TASKS, Split, UserError
+from data import TASKS, Ragged, Split, UserError
 
 SHARED = Path(os.environ.get("SMARTBERT_SHARED", ""))
 needs_shared = pytest.mark.skipif(not os.environ.get("SMARTBERT_SHARED"),
                                   reason="SMARTBERT_SHARED is not set: no GLUE files to read")
+
+
+def lists(rows: Ragged) -> list[list[int]]:
+    return [row.tolist() for row in rows]
+
+
+def ragged(rows: list[list[int]]) -> Ragged:
+    lengths = np.array([len(row) for row in rows])
+    return Ragged(np.concatenate(rows), lengths.cumsum() - lengths, lengths)
 
 
 def fails(call, *parts: str) -> str:
@@ -495,7 +504,7 @@ def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
 def test_bert_tokens(text, second, ids, segment_ids):
     tokenizer = data.load_tokenizer(SHARED / "weights" / "e5-small")
     split = data.encode(tokenizer, Split([(text, second)], [0]))
-    assert split.ids == [ids] and split.segment_ids == [segment_ids]
+    assert lists(split.ids) == [ids] and lists(split.segment_ids) == [segment_ids]
 
 
 def vocabulary(folder: Path, *words: str) -> Path:
@@ -581,10 +590,24 @@ def test_the_longer_text_is_cut_first(tmp_path):
         split = data.encode(tokenizer, Split([("a " * first, "b " * second), ("c " * 30, None)], [0, 1]), 13)
         while first + second > 13 - 3:
             first, second = (first - 1, second) if first > second else (first, second - 1)
-        assert split.ids[0] == [2] + [4] * first + [3] + [5] * second + [3]
-        assert split.segment_ids[0] == [0] * (first + 2) + [1] * (second + 1)
-        assert split.ids[1] == [2] + [6] * 11 + [3]
+        assert lists(split.ids) == [[2] + [4] * first + [3] + [5] * second + [3],
+                                    [2] + [6] * 11 + [3]]
+        assert lists(split.segment_ids) == [[0] * (first + 2) + [1] * (second + 1), [0] * 13]
     fails(lambda: data.encode(tokenizer, split, 7), "7")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 25])
+def test_texts_encoded_in_chunks_are_those_encoded_one_by_one(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(data, "CHUNK", 5)
+    tokenizer = data.load_tokenizer(vocabulary(tmp_path, *"abc"))
+    texts = [("a b" * i, None if i % 3 else "c " * i) for i in range(rows)]
+    split, single = data.encode(tokenizer, Split(texts, [0] * rows), 9), []
+    for first, second in texts:
+        single.append(tokenizer.encode(first, second))
+    assert lists(split.ids) == [row.ids for row in single] and len(split) == rows
+    assert lists(split.segment_ids) == [row.type_ids for row in single]
+    assert split.lengths.tolist() == [len(row.ids) for row in single]
+    assert (split.ids.values.dtype, split.segment_ids.values.dtype) == (np.int32, np.uint8)
 
 
 def test_written_vocabulary_reads_back_equal(tmp_path):
@@ -592,7 +615,7 @@ def test_written_vocabulary_reads_back_equal(tmp_path):
     data.write_vocabulary(toy, tmp_path)
     again, split = data.load_tokenizer(tmp_path), data.toy(60, 20)["dev"]
     assert again.get_vocab() == toy.get_vocab()
-    assert data.encode(again, split).ids == data.encode(toy, split).ids
+    assert lists(data.encode(again, split).ids) == lists(data.encode(toy, split).ids)
     (tmp_path / "cased").mkdir()
     vocabulary(tmp_path / "cased", "A")
     write(tmp_path / "cased" / "tokenizer_config.json", '{"do_lower_case": false}')
@@ -603,35 +626,66 @@ def test_written_vocabulary_reads_back_equal(tmp_path):
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 def encoded(rows: int = 331) -> Split:
-    """Rows of 3 to 40 tokens; row i holds nothing but the token i + 1, so that each can be told apart."""
-    lengths = np.random.default_rng(0).integers(3, 41, rows)
+    """Rows of 3 to 40 tokens; row i holds the token i + 1 alone, so that each can be told apart."""
+    lengths = np.random.default_rng(0).integers(3, 41, rows).tolist()
     return Split([("", None)] * rows, [i % 3 for i in range(rows)],
-                 ids=[[i + 1] * int(n) for i, n in enumerate(lengths)],
-                 segment_ids=[[0] * int(n - 2) + [1] * 2 for n in lengths])
+                 ids=ragged([[i + 1] * n for i, n in enumerate(lengths)]),
+                 segment_ids=ragged([[0] * (n - 2) + [1] * 2 for n in lengths]))
 
 
-@pytest.mark.parametrize("seed", [None, 4])
-def test_every_example_once_in_rows_as_long_as_need_be(seed):
-    split, seen = encoded(), []
-    for batch in data.batches(split, 7, seed):
-        B, S = batch.ids.shape
-        assert B <= 7 and batch.segment_ids.shape == batch.mask.shape == (B, S)
-        assert batch.mask.dtype == torch.bool and batch.ids.dtype == batch.labels.dtype == torch.long
-        assert S == max(len(split.ids[i]) for i in batch.index.tolist())
-        for row, i in enumerate(batch.index.tolist()):
-            n = len(split.ids[i])
-            assert batch.mask[row].tolist() == [True] * n + [False] * (S - n)
-            assert batch.ids[row].tolist() == split.ids[i] + [0] * (S - n)
-            assert batch.segment_ids[row].tolist() == split.segment_ids[i] + [0] * (S - n)
-            assert batch.labels[row] == split.labels[i]
-            seen.append(i)
-    assert sorted(seen) == list(range(len(split)))
+def batches_of_lists(split: Split, size: int, seed: int | None) -> list[tuple]:
+    """An oracle of plain lists: (ids, segment ids, mask, labels, indices) of every batch."""
+    ids, segment_ids = lists(split.ids), lists(split.segment_ids)
+
+    def cut(rows):
+        rows = sorted(rows, key=lambda i: len(ids[i]))
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+    def pad(row, S):
+        return row + [0] * (S - len(row))
+    made = cut(range(len(ids)))
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        order, pool = rng.permutation(len(ids)).tolist(), 50 * size
+        made = [rows for i in range(0, len(ids), pool) for rows in cut(order[i:i + pool])]
+        made = [made[i] for i in rng.permutation(len(made))]
+    batches = []
+    for rows in made:
+        S = max(len(ids[i]) for i in rows)
+        batches.append(([pad(ids[i], S) for i in rows], [pad(segment_ids[i], S) for i in rows],
+                        [pad([True] * len(ids[i]), S) for i in rows],
+                        [split.labels[i] for i in rows], rows))
+    return batches
+
+
+@pytest.mark.parametrize("rows, size, seed", [(331, 7, None), (331, 7, 4), (331, 3, 1), (5, 8, 2)])
+def test_batches_equal_those_of_plain_lists(rows, size, seed):
+    split = encoded(rows + 2).select(range(rows, 0, -1))                # a selection, out of order
+    made = list(data.batches(split, size, seed))
+    assert [tuple(value.tolist() for value in vars(batch).values()) for batch in made] == \
+        batches_of_lists(split, size, seed)
+    for batch in made:
+        assert batch.mask.dtype == torch.bool
+        assert {batch.ids.dtype, batch.segment_ids.dtype, batch.labels.dtype,
+                batch.index.dtype} == {torch.long}
+
+
+def test_a_selection_takes_every_field_along():
+    split = encoded(9)
+    split.levels, split.partial = list(range(9)), True
+    chosen = split.select(i for i in (7, 0, 7))
+    assert lists(chosen.ids) == [lists(split.ids)[i] for i in (7, 0, 7)]
+    assert lists(chosen.segment_ids) == [lists(split.segment_ids)[i] for i in (7, 0, 7)]
+    assert chosen.lengths.tolist() == [len(split.ids[i]) for i in (7, 0, 7)]
+    assert (chosen.levels, chosen.labels, chosen.partial) == ([7, 0, 7], [1, 0, 1], True)
+    assert lists(split.select([]).ids) == []
+    assert np.shares_memory(chosen.ids.values, split.ids.values)        # no copy of the tokens
 
 
 def padding(split: Split, indices: list[list[int]]) -> float:
     """Share of the cells that no token fills."""
     cells = sum(len(rows) * max(len(split.ids[i]) for i in rows) for rows in indices)
-    return 1 - sum(map(len, split.ids)) / cells
+    return 1 - split.lengths.sum() / cells
 
 
 def test_order_of_batches():
@@ -648,7 +702,7 @@ def test_order_of_batches():
     assert padding(split, first) < 0.3 * padding(split, shuffled)
     assert padding(split, data.batch_indices(split, 8)) <= padding(split, first)
     fails(lambda: data.batch_indices(split, 0), "0")
-    with pytest.raises(IndexError):                                     # not an empty epoch in silence
+    with pytest.raises(AttributeError):                                 # no empty epoch in silence
         data.batch_indices(Split([("a", None)], [0]), 8)
 
 
