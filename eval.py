@@ -126,7 +126,7 @@ def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcom
     outcome = outcome_of(walks, split, way)
     if way.criterion == "layer":                            # a shallower BERT would not have asked the heads before
         outcome.history[:, :int(way.threshold) - 1] = torch.nan
-    tokens, layers = torch.tensor(split.lengths), outcome.ran.sum(1).float()            # (N,), (N,)
+    tokens, layers = torch.tensor([len(ids) for ids in split.ids]), outcome.ran.sum(1).float()      # (N,), (N,)
     predictions = outcome.logits.argmax(1)
     scores = data.scores(task, predictions.tolist(), split.labels)
     share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
