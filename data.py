@@ -17,7 +17,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,12 +166,12 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
                             f"{', '.join(task.labels)}: {advice}")
         labels.append(task.labels.index(cells[label_at]))
         texts.append((cells[at], None if second_at is None else cells[second_at]))
-    note = (f"{path}: left out {len(left_out)} rows that do not have {len(header)} fields or have "
-            f"no gold label (line {', '.join(left_out[:5])}{', ...' * (len(left_out) > 5)})")
     if not labels:
-        raise UserError(f"{note if left_out else path} and found no examples: {advice}")
+        raise UserError(f"{path} holds no examples ({len(left_out)} rows left out): {advice}")
     if left_out:
-        print(note, file=sys.stderr)
+        where = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
+        print(f"{path}: left out {len(left_out)} rows that do not have {len(header)} fields, or "
+              f"have no gold label (line {where})", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
 
 
@@ -187,8 +186,8 @@ def digest(split: Split) -> str:
 
 
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
-    """(the rest, the held-out part), both in the order of the split. A share (0..1) of each class is
-    drawn by seed, of a large split less: about MOST_HELD rows in all. Raises UserError."""
+    """(the rest, the held-out part), both in the order of the split. A share (0..1) of each class
+    is drawn by seed; of a large split less, about MOST_HELD rows in all. Raises UserError."""
     share = min(share, MOST_HELD / max(len(split), 1))
     rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
@@ -246,9 +245,8 @@ def download(url: str, path: Path) -> None:
         if not path.is_file():
             atomic_write(path, save)
     except requests.RequestException as error:
-        status = getattr(error.response, "status_code", None)
-        reason = f"the server answered {status}" if status else "no connection, or it broke"
-        raise UserError(f"could not download {path.name} ({reason}): {advice}")
+        status = getattr(error.response, "status_code", "no connection, or it broke")
+        raise UserError(f"could not download {path.name} ({status}): {advice}")
 
 
 def unpack(task: Task, folder: Path) -> None:
@@ -278,14 +276,12 @@ def assemble_mrpc(task: Task, folder: Path) -> None:
     download(GLUE_URL + dev_ids.name, dev_ids)
     advice = "remove it and run again to download it"
     header, *lines = read_lines(text, advice)
-    rows = {tuple(line.split("\t")[1:3]): line for line in lines}           # by their two ids
     listed = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
-    lost = listed - rows.keys()
-    if lost or not listed:
-        raise UserError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are "
-                        f"missing: {advice}")
-    for split, chosen in (("train", rows.keys() - listed), ("dev", listed)):
-        table = [header] + [line for ids, line in rows.items() if ids in chosen]
+    in_dev = [tuple(line.split("\t")[1:3]) in listed for line in lines]
+    if not listed or sum(in_dev) < len(listed):
+        raise UserError(f"{text if listed else dev_ids} lacks rows of the dev set: {advice}")
+    for split, wanted in (("train", False), ("dev", True)):
+        table = [header] + [line for line, dev in zip(lines, in_dev) if dev == wanted]
         atomic_write(folder / f"{split}.tsv", lambda file: file.write("\n".join(table).encode()))
 
 
@@ -298,29 +294,29 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     """
     if os.path.isdir(os.path.expanduser(name)):
         return Path(os.path.expanduser(name))
-    import huggingface_hub                              # here: it takes half a second
+    import huggingface_hub.utils                        # here: it takes half a second
     named = cache or os.environ.get("SMARTBERT_CACHE")
     where = cache_dir(named) / "weights" if named else None
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     files = "config.json vocab.txt tokenizer_config.json tokenizer.json pytorch_model.bin".split()
+    fetch = huggingface_hub.snapshot_download
     try:
-        fetch = partial(huggingface_hub.snapshot_download, name, cache_dir=where)
-        folder = Path(fetch(allow_patterns=files))
+        folder = Path(fetch(name, cache_dir=where, allow_patterns=files))
         if not (folder / "pytorch_model.bin").is_file():
-            fetch(allow_patterns="model.safetensors", revision=folder.name)
+            fetch(name, cache_dir=where, allow_patterns="model.safetensors", revision=folder.name)
         return folder
     except Exception as error:      # of the library, of the system, of requests or httpx
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"could not fetch the weights {name!r:.60} from the hub ({reason}): check "
-                        f"the name and the connection, or name a folder with config.json, "
-                        f"vocab.txt and pytorch_model.bin")
+        raise UserError(f"weights {name!r:.60} are not a folder, and did not come from the hub "
+                        f"({reason}): check the name and the connection, or name a folder "
+                        f"with config.json, vocab.txt and pytorch_model.bin")
 
 
 # --- Tokens and batches -------------------------------------------------------------------------
 
-# In tokenizer_config.json: what must be so, where it is named, and what may be chosen. The normalizer
-# in tokenizer.json has other names for the choices.
+# What tokenizer_config.json may say: the only values that are supported, and the choices that are
+# obeyed, with their names in the normalizer of tokenizer.json.
 FIXED = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
          "mask_token": "[MASK]", "do_basic_tokenize": True, "never_split": None}
 CHOICES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
@@ -338,8 +334,8 @@ def read_object(path: Path) -> dict:
     return value
 
 
-def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
-    """The choices that tokenizer_config.json states, or else tokenizer.json, under the names of the
+def tokenizer_choices(folder: Path) -> dict[str, bool | None]:
+    """The CHOICES that tokenizer_config.json states, or else tokenizer.json, by their names in the
     latter. Raises UserError for what cannot be obeyed."""
     path = folder / "tokenizer_config.json"
     config, rules = read_object(path), read_object(folder / "tokenizer.json").get("normalizer")
@@ -369,7 +365,7 @@ def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
     if missing or len(set(words)) < len(words):
         fault = f"lacks {' '.join(sorted(missing))}" if missing else "has a line twice"
         raise UserError(f"{path} is not a BERT vocabulary, it {fault}: download it again")
-    stated = tokenizer_settings(Path(folder))
+    stated = tokenizer_choices(Path(folder))
     capital = next((word for word in words if word != word.lower() and word[0] != "["), None)
     if capital is not None and "lowercase" not in stated:
         raise UserError(f"{path} has upper-case words such as {capital!r:.60}: put a "
@@ -387,8 +383,8 @@ def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> N
 
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
-    """The split with token and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP]. Where
-    that is more than max_length tokens, the longer text is cut first."""
+    """The split with token and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP].
+    Where there are more than max_length tokens, the longer text is cut first."""
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     ids, segment_ids = [], []
     for start in range(0, len(split), CHUNK):
@@ -424,9 +420,11 @@ def collate(split: Split, indices: list[int]) -> Batch:
 
 
 def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
-    """The examples of each batch, like lengths together, so that little is padded. For evaluation,
-    without a seed, all are sorted by length. For training they are shuffled, sorted only within
-    pools of 50 batches, and the batches are shuffled again."""
+    """The positions of the examples of each batch. Similar lengths go together: little is padded.
+
+    Without a seed all are sorted by length, for evaluation. With a seed they are shuffled, sorted
+    only within pools of 50 batches, and the batches are shuffled again, for training.
+    """
     lengths = np.array([len(row) for row in split.ids])                                 # (N,)
 
     def cut(rows: np.ndarray) -> list[list[int]]:
