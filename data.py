@@ -1,25 +1,21 @@
-"""All that comes from outside: GLUE's files, Google's weights, the tokenizer, batches, metrics; and a toy task.
-
-GLUE (Wang et al., 2019) is read as it is meant to be read: tab separated, no quoting, UTF-8. The eight tasks are the
-paper's. Where nothing may be downloaded, load_task("toy") writes sentences of known difficulty on the spot.
+"""All that comes from outside: GLUE's files, BERT's weights, the tokenizer; batches and metrics.
 
     splits = load_task("rte", data_dir="~/glue")                # {"train": Split, "dev": Split}
     tokenizer = load_tokenizer("path/to/bert-base-uncased")
     for batch in batches(encode(tokenizer, splits["train"]), 32, seed=1): ...
 
-Dimensions: B examples of a batch, S tokens of its longest. A UserError carries one line for the user.
+The eight tasks of GLUE (Wang et al., 2019) are those of the paper. load_task("toy") needs no file.
+Dimensions: N examples of a split, B of a batch, S tokens of the longest example in a batch.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import random
+import secrets
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,35 +24,29 @@ import requests
 import torch
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-HUB_URL = "https://huggingface.co/"
 LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
+MOST_HELD = 2000            # rows held out at most: more would judge no better, and cost more
+CHUNK = 10_000              # texts encoded at a time: the tokenizer's own objects are large
 
 
 class UserError(ValueError):
-    """What the user can mend: the message is one line that says what is wrong and what to do.
-
-    train.py and eval.py print it and end with status 2.
-    """
+    """An error that the user can mend; the message is one line: what is wrong and what to do."""
 
 
-# --- The tasks --------------------------------------------------------------------------------------------------------
+# --- The tasks ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
     """One classification task."""
     name: str
     folder: str                                 # GLUE's folder
-    columns: tuple = ("sentence1", "sentence2", "label")        # text, second text (or None), label, by name
-    labels: tuple[str, ...] = ("0", "1")        # as they stand in the files; the position is the class id
+    columns: tuple = ("sentence1", "sentence2", "label")    # text, second text (or None), label
+    labels: tuple[str, ...] = ("0", "1")        # as in the files; the position is the class id
     metrics: tuple[str, ...] = ("accuracy",)    # the first is the one that is compared
     devs: tuple[str, ...] = ("dev",)
     archive: str = ""                           # the zip under GLUE_URL; MRPC has none
@@ -69,10 +59,12 @@ TASKS = {task.name: task for task in (
          header=("source", "label", "mark", "sentence")),
     Task("sst2", "SST-2", ("sentence", None, "label"), archive="SST-2.zip"),
     Task("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), metrics=("f1", "accuracy")),
-    Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy"), archive="QQP-clean.zip"),
-    Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"), labels=("contradiction", "entailment", "neutral"),
-         devs=("dev_matched", "dev_mismatched"), archive="MNLI.zip"),
-    Task("qnli", "QNLI", ("question", "sentence", "label"), labels=ENTAILMENT, archive="QNLIv2.zip"),
+    Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy"),
+         archive="QQP-clean.zip"),
+    Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"), archive="MNLI.zip",
+         labels=("contradiction", "entailment", "neutral"),
+         devs=("dev_matched", "dev_mismatched")),
+    Task("qnli", "QNLI", ("question", "sentence", "label"), ENTAILMENT, archive="QNLIv2.zip"),
     Task("rte", "RTE", labels=ENTAILMENT, archive="RTE.zip"),
     Task("wnli", "WNLI", archive="WNLI.zip"),
     Task("toy", "", (), labels=("bad", "good")),
@@ -80,124 +72,113 @@ TASKS = {task.name: task for task in (
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. Raises UserError with the known names, the nearest first."""
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(name.lower(), TASKS, 1, 0.4)
-    raise UserError(f"unknown task {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(TASKS)}")
+    """The task of that name. Raises UserError with the names that there are."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r:.60}: use one of {', '.join(TASKS)}")
+    return TASKS[name]
 
+
+# --- Reading ------------------------------------------------------------------------------------
 
 @dataclass
 class Split:
-    """Examples of one split. texts: (text, second text or None); labels: class ids; levels: the toy's difficulty;
-    ids, segment_ids: token and segment ids of each example, there once `encode` has run; partial: from a *.partial.tsv."""
-    texts: list[tuple[str, str | None]]
-    labels: list[int]
-    levels: list[int] | None = None
-    ids: list[list[int]] = field(default_factory=list)
-    segment_ids: list[list[int]] = field(default_factory=list)
-    partial: bool = False
+    """N examples, not encoded until `encode` gives them ids and segment_ids."""
+    texts: list[tuple[str, str | None]]         # text, second text or None
+    labels: list[int]                           # class ids
+    levels: list[int] | None = None             # the toy's difficulty
+    ids: list[np.ndarray] = field(default_factory=list)             # token ids, int32
+    segment_ids: list[np.ndarray] = field(default_factory=list)     # 0 or 1, uint8
+    partial: bool = False                       # whether they come from a *.partial.tsv
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices) -> "Split":
         """The examples at these positions, in this order."""
-        return replace(self, **{name: [values[i] for i in indices] for name, values in vars(self).items()
-                                if isinstance(values, list) and values})
+        chosen = {name: [values[i] for i in indices] for name, values in vars(self).items()
+                  if isinstance(values, list) and values}
+        return replace(self, **chosen)
 
 
 def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path | None = None,
               seed: int = 0) -> dict[str, Split]:
-    """{"train": Split, "dev": Split} ("dev_matched", "dev_mismatched" for mnli), not encoded yet.
+    """{"train": Split, "dev": Split}, or "dev_matched" and "dev_mismatched" for mnli.
 
-    data_dir holds GLUE's folders or is the task's own; without it the official files are downloaded into the cache.
-    seed is the toy's. Raises UserError.
+    data_dir holds GLUE's folders or is the task's own. Without it the official files are
+    downloaded into the cache folder. seed is that of the toy task. Raises UserError.
     """
     task = find_task(name)
     if name == "toy":
         return toy(seed=seed)
-    base = cache_dir(cache) / "glue" if data_dir is None else Path(os.path.expanduser(data_dir))
+    base = Path(os.path.expanduser(data_dir)) if data_dir else cache_dir(cache) / "glue"
     folder, splits = base / task.folder, ("train", *task.devs)
-
-    def there() -> bool:
-        return all((folder / f"{split}.tsv").is_file() for split in splits)
-
-    if data_dir is None and not there():
+    if not data_dir and not all((folder / f"{split}.tsv").is_file() for split in splits):
         try:
-            with file_lock(base.parent):
-                if not there():                         # or another process has been quicker
-                    (unpack if task.archive else assemble_mrpc)(task, folder)
+            (unpack if task.archive else assemble_mrpc)(task, folder)
         except OSError as error:
-            raise UserError(f"could not write {folder} ({error.strerror}): make room there, or name another cache folder")
-    if not base.is_dir():
-        raise UserError(f"the data folder {base} is not there: name the folder that holds {task.folder}/")
-    return {split: read_split(task, folder if folder.is_dir() else base, split) for split in splits}
+            raise UserError(f"could not write {folder} ({error.strerror}): make room there, or "
+                            f"name another cache folder")
+    where = folder if folder.is_dir() else base
+    return {split: read_split(task, where, split) for split in splits}
 
 
 def read_lines(path: Path, advice: str) -> list[str]:
-    """The lines of a UTF-8 text, with or without BOM; - is standard input. They end at \\n (or \\r\\n) alone: GLUE's
-    sentences hold other characters, such as U+2028 and U+0085, that str.splitlines takes for line ends."""
+    """The lines of a UTF-8 text, with or without BOM, except blank lines at its end. The path - is
+    standard input. Raises UserError, which ends with the advice.
+
+    Only \\n and \\r\\n end a line. GLUE's sentences hold other characters, such as U+2028, at
+    which str.splitlines would split.
+    """
     try:
-        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+        with sys.stdin.buffer if str(path) == "-" else path.open("rb") as file:
+            lines = [line.removesuffix(b"\n").removesuffix(b"\r").decode() for line in file]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"{path} is missing, or is not UTF-8 text: {advice}")
-    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
-
-
-def quote(cell: str) -> str:
-    """A cell for an error message: in quotes, at most 60 characters of it."""
-    return repr(cell if len(cell) <= 60 else cell[:57] + "...")
+    while lines and not lines[-1]:
+        lines.pop()
+    return [lines[0].removeprefix("\ufeff"), *lines[1:]] if lines else [""]
 
 
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file; without split.tsv, split.partial.tsv.
+    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Raises UserError.
 
-    Rows with more or fewer fields than the header, and MNLI's without a gold label, are left out,
-    counted and named on stderr. A label the task does not know, a column that is missing or there
-    twice and a file without examples raise UserError.
+    Rows with more or fewer fields than the header, and MNLI's rows without a gold label, are left
+    out, counted and named on stderr.
     """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
     advice = f"put {task.folder}'s {split}.tsv there"
     lines = read_lines(path, advice)
     header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
-    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
-    if twice is not None:
-        raise UserError(f"{path} has the column {quote(twice)} twice in its first line: {advice}")
-    wanted = set(task.columns) - {None}
-    if not wanted <= set(header):
-        raise UserError(f"{path} has no column {min(wanted - set(header))!r} in its first line: {advice}")
-    texts, labels, left_out = [], [], {}                # why -> the numbers of the lines
+    for name in filter(None, task.columns):
+        if header.count(name) != 1:
+            raise UserError(f"{path} has {header.count(name)} columns {name!r} in its first line, "
+                            f"not one: {advice}")
+    texts, labels, left_out = [], [], []
+    at, second_at, label_at = (header.index(name) if name else None for name in task.columns)
     for number, line in enumerate(lines, first):
-        cells = line.split("\t")                    # no quoting: a " is a character like any other
-        if len(cells) != len(header):
-            why = "lack fields" if len(cells) < len(header) else "have too many fields"
-            left_out.setdefault(why, []).append(number)
+        cells = line.split("\t")
+        if len(cells) != len(header) or (task.name == "mnli" and cells[label_at] == "-"):
+            left_out.append(str(number))
             continue
-        text, second, label = map(dict(zip(header, cells)).get, task.columns)
-        if task.name == "mnli" and label == "-":        # its annotators did not agree
-            left_out.setdefault("have no gold label", []).append(number)
-            continue
-        if label not in task.labels:
-            raise UserError(f"{path}, line {number}: label {quote(label)} is none of "
+        if cells[label_at] not in task.labels:
+            raise UserError(f"{path}, line {number}: label {cells[label_at]!r:.60} is none of "
                             f"{', '.join(task.labels)}: {advice}")
-        texts.append((text, second))
-        labels.append(task.labels.index(label))
-    notes = [f"left out {len(rows)} rows that {why} (line {', '.join(map(str, rows[:5]))}"
-             f"{', ...' if len(rows) > 5 else ''})" for why, rows in left_out.items()]
+        labels.append(task.labels.index(cells[label_at]))
+        texts.append((cells[at], None if second_at is None else cells[second_at]))
     if not labels:
-        raise UserError(f"{path} holds {', '.join(['no examples', *notes])}: {advice}")
-    for note in notes:
-        print(f"{path}: {note}", file=sys.stderr)
+        raise UserError(f"{path} holds no examples ({len(left_out)} rows left out): {advice}")
+    if left_out:
+        where = ", ".join(left_out[:5] + ["..."] * (len(left_out) > 5))
+        print(f"{path}: left out {len(left_out)} rows that do not have {len(header)} fields, or "
+              f"have no gold label (line {where})", file=sys.stderr)
     return Split(texts, labels, partial=path == part)
 
 
-MOST_HELD = 2000        # rows that judge epochs and thresholds as well as more would, and cost less
-
+# --- The held-out part --------------------------------------------------------------------------
 
 def digest(split: Split) -> str:
-    """What identifies the examples of a split: SHA-256 of their texts and labels, in their order."""
+    """SHA-256 of the texts and labels of a split, in their order: it identifies the examples."""
     sha = hashlib.sha256()
     for example in zip(split.texts, split.labels):
         sha.update(repr(example).encode("utf-8", "surrogatepass"))
@@ -205,10 +186,8 @@ def digest(split: Split) -> str:
 
 
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
-    """Part a split in two, both in its order: (the rest, `share` of each class, drawn by seed; of a large
-    split less, so that about MOST_HELD rows are held out). Raises UserError."""
-    if not 0 <= share < 1:
-        raise UserError(f"a held-out share of {share} is not in 0..1: use, for example, 0.1")
+    """(the rest, the held-out part), both in the order of the split. A share (0..1) of each class
+    is drawn by seed; of a large split less, about MOST_HELD rows in all. Raises UserError."""
     share = min(share, MOST_HELD / max(len(split), 1))
     rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
@@ -217,7 +196,8 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
     if len(held) == len(split):
         raise UserError(f"nothing is left to train on: a share of {share} holds out all "
                         f"{len(split)} examples, use a smaller share or more examples")
-    return split.select([i for i in range(len(split)) if i not in held]), split.select(sorted(held))
+    rest = [i for i in range(len(split)) if i not in held]
+    return split.select(rest), split.select(sorted(held))
 
 
 def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
@@ -226,13 +206,13 @@ def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split
     if texts:
         lines = ["\t".join(texts)]
     else:
-        lines = read_lines(Path(path), "name a file with a sentence a line, or - for standard input")
+        lines = read_lines(Path(path), "name a file with a sentence a line, or - for stdin")
     pair, examples = bool(task.columns and task.columns[1]), []
     wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
     for number, line in enumerate(lines, 1):
         parts = line.split("\t")
         if len(parts) != 1 + pair or not all(part.strip() for part in parts):
-            raise UserError(f"example {number} is {quote(' | '.join(parts))}, but {task.name} takes "
+            raise UserError(f"example {number} is {' | '.join(parts)!r:.60}, but {task.name} takes "
                             f"{wanted}: in quotes on the command line, a line each in a file")
         if any("\ud800" <= character <= "\udfff" for character in line):
             raise UserError(f"example {number} is not UTF-8 text: give it in that encoding")
@@ -240,41 +220,27 @@ def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split
     return Split(examples, [0] * len(examples))
 
 
-# --- From the network to the disk -------------------------------------------------------------------------------------
+# --- Download -----------------------------------------------------------------------------------
 
 def cache_dir(folder: str | Path | None = None) -> Path:
-    """Where downloads go: the argument, else SMARTBERT_CACHE, else smartbert/ in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(folder or os.environ.get("SMARTBERT_CACHE") or Path(base) / "smartbert"))
-
-
-@contextmanager
-def file_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and be the only one who fills it: a second process waits here until the first is done (not on
-    Windows). Two runs may so be started at once before anything is downloaded."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)                            # and so unlocked
+    """The argument, else SMARTBERT_CACHE, else smartbert/ in the user's cache directory."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "smartbert"
+    return Path(os.path.expanduser(folder or os.environ.get("SMARTBERT_CACHE") or usual))
 
 
 def atomic_write(path: str | Path, save: Callable) -> None:
-    """Write a file so that it is there whole or not at all: save(file) to a neighbour, fsync, one atomic rename."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+    """Write a file whole or not at all. save(file) writes a temporary file beside it, which then
+    takes its name. Two processes that write the same path do not share a temporary file."""
+    path, temporary = Path(path), Path(f"{path}.{secrets.token_hex(4)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)               # it is still there only where something failed
+        temporary.unlink(missing_ok=True)               # it is still there only after an error
 
 
 def write_json(path: str | Path, value) -> None:
@@ -282,257 +248,227 @@ def write_json(path: str | Path, value) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch url to path where it is not there yet, with a progress bar. What has come stays in path.part, from where the
-    next call goes on; the file takes its name only at the size the server gave. Raises UserError, with what to do."""
-    advice = f"run again to go on, or fetch {url} by hand and put it at {path}"
-    if path.is_file():
-        return
+    """Fetch url to path, whole or not at all, unless path is there. Raises UserError, OSError."""
+    advice = f"run again, or fetch {url} by hand and put it at {path}"
+
+    def save(file) -> None:
+        headers = {"Accept-Encoding": "identity"}       # else Content-Length is a compressed size
+        with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+            answer.raise_for_status()
+            size = int(answer.headers.get("Content-Length", 0))
+            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar:
+                for chunk in answer.iter_content(1 << 16):
+                    bar.update(file.write(chunk))
+        if size not in (0, file.tell()):
+            raise UserError(f"{path.name} came with {file.tell()} of {size} bytes: {advice}")
     try:
-        with file_lock(path.parent):
-            while not path.is_file():
-                fetch(url, path, advice)
+        if not path.is_file():
+            atomic_write(path, save)
     except requests.RequestException as error:
-        status = getattr(error.response, "status_code", None)
-        reason = f"the server answered {status}" if status else "no connection, or it broke"
-        raise UserError(f"could not download {path.name} ({reason}): {advice}")
-    except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}): make room there, or name another cache folder")
-
-
-def fetch(url: str, path: Path, advice: str) -> None:
-    """One request of `download`. Returns without a file where what had come before fits nothing that is there: the next
-    starts over. Raises UserError, RequestException, OSError."""
-    # path.part.tag: the server's mark (ETag or date) of the version path.part was begun with; without one, no resume.
-    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
-    have, begun = (part.stat().st_size, tag.read_text()) if part.is_file() and tag.is_file() else (0, None)
-    headers = {"Accept-Encoding": "identity"}           # a compressed body would make byte counts meaningless
-    if have:                                            # If-Range: the rest of that version, or all of another
-        headers |= {"Range": f"bytes={have}-", "If-Range": begun}
-    with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
-        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        span, _, whole = answer.headers.get("Content-Range", "").rpartition("/")
-        resumed = have and span.startswith(f"bytes {have}-") and mark == begun
-        if have and answer.status_code in (206, 416) and not resumed:
-            part.unlink()
-            return
-        answer.raise_for_status()
-        have, whole = (have, whole) if resumed else (0, answer.headers.get("Content-Length", ""))
-        total = int(whole) if whole.isdigit() else None
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-            tag.write_text(mark) if mark else tag.unlink(missing_ok=True)
-            for chunk in answer.iter_content(1 << 16):
-                bar.update(file.write(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    size = part.stat().st_size
-    if total not in (None, size):
-        raise UserError(f"{path.name} came with {size} of {total} bytes: {advice}")
-    os.replace(part, path)
-    tag.unlink(missing_ok=True)
+        status = getattr(error.response, "status_code", "no connection, or it broke")
+        raise UserError(f"could not download {path.name} ({status}): {advice}")
 
 
 def unpack(task: Task, folder: Path) -> None:
-    """The tsv files of GLUE's zip, and nothing else, into folder. Raises UserError for a zip that is not whole."""
-    archive = folder.parent / task.archive
+    """The tsv files of GLUE's zip, and nothing else, into folder. Raises UserError, OSError."""
+    archive, tables = folder.parent / task.archive, {}
     download(GLUE_URL + task.archive, archive)
     try:
-        with zipfile.ZipFile(archive) as files:         # only these are read, wherever other names in the zip may lead
-            for name in (f"{task.folder}/{split}.tsv" for split in ("train", *task.devs)):
-                if files.getinfo(name).file_size > LARGEST:
-                    raise UserError(f"{archive} is not GLUE's ({name} would unpack to more than "
-                                    f"{LARGEST / 2**30:g} GiB): remove it and run again to "
-                                    f"download it")
-            tables = {split: files.read(f"{task.folder}/{split}.tsv") for split in ("train", *task.devs)}
-    except KeyError as error:
-        raise UserError(f"{archive} is not GLUE's ({error.args[0]}): remove it and run again to download it")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError):
-        archive.unlink()
-        raise UserError(f"{archive} was truncated or damaged, and is removed: run again to download it")
+        with zipfile.ZipFile(archive) as files:         # other names in the zip are never read
+            for split in ("train", *task.devs):
+                member = files.getinfo(f"{task.folder}/{split}.tsv")
+                if member.file_size > LARGEST:
+                    raise ValueError(f"{member.filename} unpacks to over {LARGEST} bytes")
+                tables[split] = files.read(member)
+    except Exception as error:                          # a damaged zip raises nearly anything
+        archive.unlink(missing_ok=True)
+        raise UserError(f"{archive} is truncated, damaged or not GLUE's ({error}): it is removed, "
+                        f"run again to download it")
     for split, table in tables.items():
         atomic_write(folder / f"{split}.tsv", lambda file: file.write(table))
 
 
 def assemble_mrpc(task: Task, folder: Path) -> None:
-    """MRPC's train.tsv and dev.tsv from Microsoft's text: dev is the rows whose pair of ids GLUE lists. Raises UserError."""
+    """MRPC's two files from Microsoft's text: dev.tsv is the rows whose two ids GLUE lists. Raises
+    UserError, OSError."""
     text, dev_ids = folder.parent / "msr_paraphrase_train.txt", folder.parent / "mrpc_dev_ids.tsv"
     download(SENTEVAL_URL + text.name, text)
     download(GLUE_URL + dev_ids.name, dev_ids)
     advice = "remove it and run again to download it"
     header, *lines = read_lines(text, advice)
-    rows = {tuple(line.split("\t")[1:3]): line for line in lines}                       # by their two ids
     listed = {tuple(line.split()) for line in read_lines(dev_ids, advice) if line[:1].isdigit()}
-    lost = listed - rows.keys()
-    if lost or not listed:
-        raise UserError(f"{text if lost else dev_ids} is not whole, {len(lost)} dev rows are missing: {advice}")
-    for split, chosen in (("train", rows.keys() - listed), ("dev", listed)):
-        table = [header] + [line for ids, line in rows.items() if ids in chosen]
+    in_dev = [tuple(line.split("\t")[1:3]) in listed for line in lines]
+    if not listed or sum(in_dev) < len(listed):
+        raise UserError(f"{text if listed else dev_ids} lacks rows of the dev set: {advice}")
+    for split, wanted in (("train", False), ("dev", True)):
+        table = [header] + [line for line, dev in zip(lines, in_dev) if dev == wanted]
         atomic_write(folder / f"{split}.tsv", lambda file: file.write("\n".join(table).encode()))
 
 
-BASE = "google-bert/bert-base-uncased"
-MINIATURES = [f"google/bert_uncased_L-{L}_H-{H}_A-{H // 64}" for L in range(2, 13, 2) for H in (128, 256, 512, 768)]
-
-
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
-    """A folder with config.json, vocab.txt and pytorch_model.bin: `name` itself where it is a folder, else Google's
-    weights of that name on the hub, downloaded into the cache once. Raises UserError."""
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
+    """A folder with BERT's weights: `name` itself where it is one, else a download of that name
+    from the Hugging Face hub. Raises UserError.
+
+    Downloads stay in weights/ of the cache folder where one is named, else in the hub's own cache.
+    The variables of huggingface_hub apply, such as HF_ENDPOINT and HF_HUB_OFFLINE.
+    """
+    if os.path.isdir(os.path.expanduser(name)):
+        return Path(os.path.expanduser(name))
+    import huggingface_hub.utils                        # here: it takes half a second
+    named = cache or os.environ.get("SMARTBERT_CACHE")
+    where = cache_dir(named) / "weights" if named else None
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    files = "config.json vocab.txt tokenizer_config.json tokenizer.json pytorch_model.bin".split()
+    fetch = huggingface_hub.snapshot_download
+    try:
+        folder = Path(fetch(name, cache_dir=where, allow_patterns=files))
+        if not (folder / "pytorch_model.bin").is_file():
+            fetch(name, cache_dir=where, allow_patterns="model.safetensors", revision=folder.name)
         return folder
-    full = next((full for full in (BASE, *MINIATURES) if name in (full, full.split("/")[1])), None)
-    if full is None:
-        raise UserError(f"weights {name!r} are neither a folder nor one of Google's: {BASE}, or "
-                        f"google/bert_uncased_L-4_H-256_A-4 (L 2, 4, 6, 8, 10, 12; H 128, 256, 512, 768; A = H / 64); "
-                        f"for others put config.json, vocab.txt and pytorch_model.bin into a folder and name that")
-    folder = cache_dir(cache) / "weights" / full.replace("/", "--")
-    for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
-        download(f"{HUB_URL}{full}/resolve/main/{file}", folder / file)
-    return folder
+    except Exception as error:      # of the library, of the system, of requests or httpx
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"weights {name!r:.60} are not a folder, and did not come from the hub "
+                        f"({reason}): check the name and the connection, or name a folder "
+                        f"with config.json, vocab.txt and pytorch_model.bin")
 
 
-# --- Tokens and batches -----------------------------------------------------------------------------------------------
+# --- Tokens and batches -------------------------------------------------------------------------
 
-SPECIALS = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+# What tokenizer_config.json may say: the only values that are supported, and the choices that are
+# obeyed, with their names in the normalizer of tokenizer.json.
+FIXED = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+         "mask_token": "[MASK]", "do_basic_tokenize": True, "never_split": None}
+CHOICES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+           "tokenize_chinese_chars": "handle_chinese_chars"}
 
 
 def read_object(path: Path) -> dict:
     """The JSON object in a file, {} where there is no file. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if isinstance(value, dict):
-            return value
     except (ValueError, OSError, RecursionError):
-        pass
-    raise UserError(f"{path} is not a JSON object: remove it and download it again")
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: remove it and download it again")
+    return value
 
 
-def tokenizer_settings(folder: Path) -> dict[str, bool | None]:
-    """do_lower_case, strip_accents and tokenize_chinese_chars, those that tokenizer_config.json
-    states, or else the normalizer in tokenizer.json. Raises UserError."""
-    path, other = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    config, names = read_object(path), {
-        "do_lower_case": "lowercase", "strip_accents": "strip_accents",
-        "tokenize_chinese_chars": "handle_chinese_chars"}
-    odd = []
-    for name, usual in SPECIALS.items():
-        token = config.get(name, usual)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token != usual:
-            odd.append(f"{name} {quote(str(token))}")
-    if odd:
-        raise UserError(f"{path} names special tokens that are not BERT's, {', '.join(odd)}: "
-                        f"use weights with {', '.join(SPECIALS.values())}")
-    stated = {name: (path, name, config[name]) for name in names if name in config}
-    if len(stated) < len(names):
-        block = read_object(other).get("normalizer")
-        if isinstance(block, dict) and block.get("type") == "BertNormalizer":
-            stated = {ours: (other, theirs, block[theirs]) for ours, theirs in names.items()
-                      if theirs in block} | stated
-    for ours, (file, name, value) in stated.items():
-        if not isinstance(value, bool) and not (ours == "strip_accents" and value is None):
-            raise UserError(f"{file}: {name} is {quote(str(value))}, not true or false: "
-                            f"correct it, or download the file again")
-    return {ours: value for ours, (_, _, value) in stated.items()}
+def tokenizer_choices(folder: Path) -> dict[str, bool | None]:
+    """The CHOICES that tokenizer_config.json states, or else tokenizer.json, by their names in the
+    latter. Raises UserError for what cannot be obeyed."""
+    path = folder / "tokenizer_config.json"
+    config, rules = read_object(path), read_object(folder / "tokenizer.json").get("normalizer")
+    for name, usual in FIXED.items():
+        value = config.get(name, usual)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value != usual and (name, value) != ("never_split", []):
+            raise UserError(f"{path}: {name} is {value!r:.60}, but only {usual!r} is supported: "
+                            f"use other weights")
+    usable = isinstance(rules, dict) and rules.get("type") == "BertNormalizer"
+    stated = {name: rules[name] for name in CHOICES.values() if name in rules} if usable else {}
+    stated |= {CHOICES[name]: config[name] for name in CHOICES if name in config}
+    for name, value in stated.items():
+        if not isinstance(value, bool) and (name, value) != ("strip_accents", None):
+            raise UserError(f"{path} or tokenizer.json: {name} is {value!r:.60}, not true or "
+                            f"false: correct it, or download the file again")
+    return stated
 
 
 def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece tokenizer over folder/vocab.txt (a token a line, its id the line's number
-    from 0), as tokenizer_config.json or tokenizer.json there says. Where neither states the case
-    it is lower-case, and the vocabulary must be so too. Raises UserError."""
+    """BERT's WordPiece tokenizer over folder/vocab.txt: a token a line, its id the line's number
+    from 0. Where no file states the case it is lower-case, and the vocabulary must be so too.
+    Raises UserError."""
     path = Path(folder) / "vocab.txt"
     words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
-    missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in words]
-    if missing:
-        raise UserError(f"{path} is no BERT vocabulary, it lacks {' '.join(missing)}: remove it and download it again")
-    if len(set(words)) < len(words):
-        raise UserError(f"{path} has a line twice, so that ids are in doubt: remove it and download it again")
-    stated = tokenizer_settings(Path(folder))
-    capital = next((word for word in words if word != word.lower()
-                    and not (word.startswith("[") and word.endswith("]"))), None)
-    if capital is not None and "do_lower_case" not in stated:
-        raise UserError(f"{path} has upper-case words such as {quote(capital)}: put a "
+    missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words)
+    if missing or len(set(words)) < len(words):
+        fault = f"lacks {' '.join(sorted(missing))}" if missing else "has a line twice"
+        raise UserError(f"{path} is not a BERT vocabulary, it {fault}: download it again")
+    stated = tokenizer_choices(Path(folder))
+    capital = next((word for word in words if word != word.lower() and word[0] != "["), None)
+    if capital is not None and "lowercase" not in stated:
+        raise UserError(f"{path} has upper-case words such as {capital!r:.60}: put a "
                         f"tokenizer_config.json beside it with do_lower_case true or false")
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)},
-                                  lowercase=stated.get("do_lower_case", True),
-                                  strip_accents=stated.get("strip_accents"),
-                                  handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, **stated)
 
 
 def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
     """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    atomic_write(Path(folder) / "vocab.txt", lambda file: file.write("".join(f"{w}\n" for w, _ in words).encode()))
-    rules = tokenizer.normalizer
-    write_json(Path(folder) / "tokenizer_config.json", {
-        "do_lower_case": rules.lowercase, "strip_accents": rules.strip_accents,
-        "tokenize_chinese_chars": rules.handle_chinese_chars})
+    vocab, rules = tokenizer.get_vocab(), tokenizer.normalizer
+    text = "".join(f"{word}\n" for word in sorted(vocab, key=vocab.get))
+    atomic_write(Path(folder) / "vocab.txt", lambda file: file.write(text.encode()))
+    write_json(Path(folder) / "tokenizer_config.json",
+               {ours: getattr(rules, theirs) for ours, theirs in CHOICES.items()})
 
 
 def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
-    """The split with token ids and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP], of which the longer
-    text is cut first where there are more than max_length tokens. Raises UserError."""
-    if max_length < 8:
-        raise UserError(f"a maximal length of {max_length} tokens leaves nothing of a sentence: use 8 or more")
+    """The split with token and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP].
+    Where there are more than max_length tokens, the longer text is cut first."""
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    done = tokenizer.encode_batch([text if second is None else (text, second) for text, second in split.texts])
-    return replace(split, ids=[e.ids for e in done], segment_ids=[e.type_ids for e in done])
+    ids, segment_ids = [], []
+    for start in range(0, len(split), CHUNK):
+        chunk = [text if second is None else (text, second)
+                 for text, second in split.texts[start:start + CHUNK]]
+        for row in tokenizer.encode_batch(chunk):
+            ids.append(np.array(row.ids, np.int32))
+            segment_ids.append(np.array(row.type_ids, np.uint8))
+    return replace(split, ids=ids, segment_ids=segment_ids)
 
 
 @dataclass
 class Batch:
-    """ids, segment_ids (B, S) long; mask (B, S) bool, True at real tokens; labels, index in the split (B,) long."""
-    ids: Tensor
-    segment_ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    index: Tensor
+    """B examples, padded to S tokens."""
+    ids: Tensor             # (B, S) long
+    segment_ids: Tensor     # (B, S) long
+    mask: Tensor            # (B, S) bool, True at real tokens
+    labels: Tensor          # (B,) long
+    index: Tensor           # (B,) long, the positions in the split
 
     def to(self, device: str | torch.device) -> "Batch":
         return Batch(*(value.to(device) for value in vars(self).values()))
 
 
 def collate(split: Split, indices: list[int]) -> Batch:
-    """These examples as one batch, padded to the longest of them only (with id 0: the mask hides it)."""
+    """These examples as one batch, padded with 0 to the longest of them."""
+    ids, segment_ids = (pad_sequence([torch.from_numpy(rows[i]) for i in indices], True).long()
+                        for rows in (split.ids, split.segment_ids))                     # (B, S)
     lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]                          # (B, S)
-    ids, segment_ids = torch.zeros(mask.shape, dtype=torch.long), torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for i in indices for token in split.ids[i]])
-    segment_ids[mask] = torch.tensor([segment for i in indices for segment in split.segment_ids[i]])
-    return Batch(ids, segment_ids, mask, torch.tensor([split.labels[i] for i in indices]), torch.tensor(indices))
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]                                # (B, S)
+    labels = torch.tensor([split.labels[i] for i in indices])
+    return Batch(ids, segment_ids, mask, labels, torch.tensor(indices))
 
 
 def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
-    """Which examples make which batch: like lengths together, so that little is padded.
+    """The positions of the examples of each batch. Similar lengths go together: little is padded.
 
-    Without a seed: sorted by length, for evaluation. With one, for training: shuffled, sorted only within pools of 50
-    batches, and the batches shuffled again; the same seed gives the same order. Raises UserError.
+    Without a seed all are sorted by length, for evaluation. With a seed they are shuffled, sorted
+    only within pools of 50 batches, and the batches are shuffled again, for training.
     """
-    if size < 1:
-        raise UserError(f"a batch size of {size} is no size: use 1 or more")
+    lengths = np.array([len(row) for row in split.ids])                                 # (N,)
 
-    def cut(rows) -> list[list[int]]:
-        rows = sorted(rows, key=lambda i: len(split.ids[i]))                            # an IndexError: not encoded yet
+    def cut(rows: np.ndarray) -> list[list[int]]:
+        rows = rows[lengths[rows].argsort(kind="stable")].tolist()
         return [rows[i:i + size] for i in range(0, len(rows), size)]
 
     if seed is None:
-        return cut(range(len(split)))
+        return cut(np.arange(len(split)))
     rng = np.random.default_rng(seed)
-    order, pool = rng.permutation(len(split)).tolist(), 50 * size
-    made = [batch for start in range(0, len(order), pool) for batch in cut(order[start:start + pool])]
+    order, pool = rng.permutation(len(split)), 50 * size
+    made = [rows for i in range(0, len(order), pool) for rows in cut(order[i:i + pool])]
     return [made[i] for i in rng.permutation(len(made))]
 
 
 def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
-    """The split in the batches of `batch_indices`, each padded to its own longest row."""
+    """The split in the batches of `batch_indices`, each padded to its own longest example."""
     return (collate(split, indices) for indices in batch_indices(split, size, seed))
 
 
-# --- Metrics ----------------------------------------------------------------------------------------------------------
+# --- Metrics ------------------------------------------------------------------------------------
 
 def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, float]:
-    """The task's metrics (main one first) of predicted class ids: accuracy and F1 of class 1 in 0..1, Matthews'
-    correlation in -1..1; F1 and Matthews' are 0 where they are undefined."""
+    """The task's metrics, the main one first. Accuracy and F1 of class 1 are in 0..1, Matthews'
+    correlation in -1..1. F1 and Matthews' are 0 where they are undefined."""
     p, y = np.asarray(predictions), np.asarray(labels)
     tn, fp, fn, tp = np.bincount(2 * (y == 1) + (p == 1), minlength=4).tolist()
     spread = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
@@ -543,11 +479,11 @@ def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, f
 
 
 def majority(task: Task, labels: list[int]) -> dict[str, float]:
-    """The scores of always answering the most frequent class: what has been learned when nothing has."""
+    """The scores of a model that always gives the most frequent class."""
     return scores(task, [int(np.bincount(labels).argmax())] * len(labels), labels)
 
 
-# --- The toy task -----------------------------------------------------------------------------------------------------
+# --- The toy task -------------------------------------------------------------------------------
 
 GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
 BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
