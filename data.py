@@ -212,8 +212,9 @@ def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split
     for number, line in enumerate(lines, 1):
         parts = line.split("\t")
         if len(parts) != 1 + pair or not all(part.strip() for part in parts):
-            raise UserError(f"example {number} is {' | '.join(parts)!r:.60}, but {task.name} takes "
-                            f"{wanted}: in quotes on the command line, a line each in a file")
+            raise UserError(f"example {number} is {' | '.join(parts)!r:.60}, but {task.name} "
+                            f"takes {wanted}: in quotes on the command line, a line each in a "
+                            f"file")
         if any("\ud800" <= character <= "\udfff" for character in line):
             raise UserError(f"example {number} is not UTF-8 text: give it in that encoding")
         examples.append((parts[0], parts[1] if pair else None))
