@@ -1,4 +1,5 @@
-"""bert.py against Hugging Face's BertModel (fixtures/bert.npz, made by make_bert_fixture.py), and its files' traps."""
+"""bert.py against Hugging Face's BertModel (fixtures/bert.npz, made by make_bert_fixture.py), and
+its files' traps."""
 
 import json
 import sys
@@ -8,12 +9,31 @@ import numpy as np
 import pytest
 import torch
 
-from bert import (Bert, BertConfig, Dropout, Layer, convert_names, load_bert,
-                  name_table, read_config)
+from bert import (
+    Bert,
+    BertConfig,
+    Dropout,
+    Layer,
+    convert_names,
+    load_bert,
+    name_table,
+    read_config,
+)
 
-FIXTURE = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()}
-CONFIG = {name.removeprefix("config/"): value.item() for name, value in FIXTURE.items() if name.startswith("config/")}
-WEIGHTS = {name.removeprefix("weights/"): value for name, value in FIXTURE.items() if name.startswith("weights/")}
+FIXTURE = {
+    name: torch.from_numpy(value)
+    for name, value in np.load(Path(__file__).parent / "fixtures/bert.npz").items()
+}
+CONFIG = {
+    name.removeprefix("config/"): value.item()
+    for name, value in FIXTURE.items()
+    if name.startswith("config/")
+}
+WEIGHTS = {
+    name.removeprefix("weights/"): value
+    for name, value in FIXTURE.items()
+    if name.startswith("weights/")
+}
 BATCH = FIXTURE["ids"], FIXTURE["types"], FIXTURE["mask"]
 
 
@@ -28,13 +48,19 @@ def assert_equals_huggingface(bert: Bert, tolerance: float = 1e-5) -> None:
     hiddens = bert.eval()(*BATCH)
     assert len(hiddens) == CONFIG["num_hidden_layers"] + 1
     for i, h in enumerate(hiddens):
-        torch.testing.assert_close(h[BATCH[2]], FIXTURE[f"hidden{i}"][BATCH[2]], rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            h[BATCH[2]], FIXTURE[f"hidden{i}"][BATCH[2]], rtol=0, atol=tolerance
+        )
 
 
 @torch.no_grad()
 def test_every_layer_equals_huggingface(tmp_path):
-    """With padding in the batch, a pooler in the file, and a buffer and pre-training heads to be ignored by name."""
-    extra = {"embeddings.position_ids": torch.arange(13)[None], "cls.predictions.bias": torch.zeros(37)}
+    """With padding in the batch, a pooler in the file, and a buffer and pre-training heads to be
+    ignored by name."""
+    extra = {
+        "embeddings.position_ids": torch.arange(13)[None],
+        "cls.predictions.bias": torch.zeros(37),
+    }
     assert any(name.startswith("pooler.") for name in WEIGHTS)
     assert_equals_huggingface(load_bert(folder(tmp_path, WEIGHTS | extra)))
 
@@ -42,8 +68,13 @@ def test_every_layer_equals_huggingface(tmp_path):
 @torch.no_grad()
 def test_other_names_for_the_same_tensors(tmp_path):
     """With "bert." in front, and LayerNorm as gamma and beta, as in Google's files."""
-    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
-           for name, value in WEIGHTS.items()}
+    old = {
+        "bert."
+        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in WEIGHTS.items()
+    }
     assert_equals_huggingface(load_bert(folder(tmp_path, old)))
 
 
@@ -67,20 +98,52 @@ def test_every_tensor_is_accounted_for(tmp_path):
         load_bert(folder(tmp_path, num_hidden_layers=2))
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (lambda f: (f / "config.json").unlink(), "config.json"),
-    (lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"})), "relu"),
-    (lambda f: (f / "pytorch_model.bin").unlink(), "neither"),
-    (lambda f: (f / "pytorch_model.bin").write_bytes((f / "pytorch_model.bin").read_bytes()[:-3000]), "truncated"),
-    (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "truncated"),
-    (lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"), "not a PyTorch file"),
-    (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"model_type": "roberta"})), "roberta"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})), "hidden_size '20' is not a whole"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 0})), "num_attention_heads 0"),
-    (lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"layer_norm_eps": None})), "layer_norm_eps None"),
-])
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not a JSON object"),
+        (
+            lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_act": "relu"})),
+            "relu",
+        ),
+        (lambda f: (f / "pytorch_model.bin").unlink(), "neither"),
+        (
+            lambda f: (f / "pytorch_model.bin").write_bytes(
+                (f / "pytorch_model.bin").read_bytes()[:-3000]
+            ),
+            "truncated",
+        ),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "truncated"),
+        (
+            lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"),
+            "not a PyTorch file",
+        ),
+        (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
+        (
+            lambda f: (f / "config.json").write_text(
+                json.dumps(CONFIG | {"model_type": "roberta"})
+            ),
+            "roberta",
+        ),
+        (
+            lambda f: (f / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "20"})),
+            "hidden_size '20' is not a whole",
+        ),
+        (
+            lambda f: (f / "config.json").write_text(
+                json.dumps(CONFIG | {"num_attention_heads": 0})
+            ),
+            "num_attention_heads 0",
+        ),
+        (
+            lambda f: (f / "config.json").write_text(
+                json.dumps(CONFIG | {"layer_norm_eps": None})
+            ),
+            "layer_norm_eps None",
+        ),
+    ],
+)
 def test_folders_that_cannot_be_used(tmp_path, spoil, word):
     spoil(folder(tmp_path))
     with pytest.raises(ValueError, match=word) as caught:
@@ -92,25 +155,43 @@ KEY = "encoder.layer.1.attention.self.key.weight"
 SPOILT = WEIGHTS[KEY].clone().index_fill_(0, torch.tensor([3]), torch.nan)
 
 
-@pytest.mark.parametrize("value, word", [
-    (WEIGHTS[KEY].to(torch.int8), "torch.int8"), (WEIGHTS[KEY] > 0, "torch.bool"),
-    (WEIGHTS[KEY].to(torch.complex64), "torch.complex64"), (WEIGHTS[KEY].to_sparse(), "sparse"),
-    (WEIGHTS[KEY].to("meta"), "meta device"), (WEIGHTS[KEY].tolist(), "list"),
-    (np.float32(1), "float32"), (None, "NoneType"), (SPOILT, "NaN"),
-    (WEIGHTS[KEY].double() * 1e300, "infinite")])
+@pytest.mark.parametrize(
+    "value, word",
+    [
+        (WEIGHTS[KEY].to(torch.int8), "torch.int8"),
+        (WEIGHTS[KEY] > 0, "torch.bool"),
+        (WEIGHTS[KEY].to(torch.complex64), "torch.complex64"),
+        (WEIGHTS[KEY].to_sparse(), "sparse"),
+        (WEIGHTS[KEY].to("meta"), "meta device"),
+        (WEIGHTS[KEY].tolist(), "list"),
+        (np.float32(1), "float32"),
+        (None, "NoneType"),
+        (SPOILT, "NaN"),
+        (WEIGHTS[KEY].double() * 1e300, "infinite"),
+    ],
+)
 def test_tensors_of_other_kinds_are_refused_by_name(value, word):
     bert = Bert(BertConfig(**CONFIG))
     with pytest.raises(ValueError, match=f"the tensor {KEY} .*{word}") as caught:
         convert_names(WEIGHTS | {KEY: value}, bert)
     assert "\n" not in str(caught.value) and "download" not in str(caught.value)
-    others = {"classifier.weight": value, "qa_outputs.bias": value, "bert.dropout.x": value,
-              "bert.pooler.x": value}
+    others = {
+        "classifier.weight": value,
+        "qa_outputs.bias": value,
+        "bert.dropout.x": value,
+        "bert.pooler.x": value,
+    }
     assert set(convert_names(WEIGHTS | others, bert)) == set(bert.state_dict())
 
 
-@pytest.mark.parametrize("extra, word", [
-    ({"bert." + KEY: WEIGHTS[KEY]}, f"{KEY} twice"), ({7: WEIGHTS[KEY]}, "7 in place"),
-    ({"embeddings.LayerNorm.gamma": torch.ones(20)}, "embeddings.LayerNorm.weight twice")])
+@pytest.mark.parametrize(
+    "extra, word",
+    [
+        ({"bert." + KEY: WEIGHTS[KEY]}, f"{KEY} twice"),
+        ({7: WEIGHTS[KEY]}, "7 in place"),
+        ({"embeddings.LayerNorm.gamma": torch.ones(20)}, "embeddings.LayerNorm.weight twice"),
+    ],
+)
 def test_names_that_are_in_doubt(extra, word):
     with pytest.raises(ValueError, match=word):
         convert_names(WEIGHTS | extra, Bert(BertConfig(**CONFIG)))
@@ -118,7 +199,7 @@ def test_names_that_are_in_doubt(extra, word):
 
 @pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
 def test_sharded_weights_are_told(tmp_path, index):
-    assert load_bert(folder(tmp_path))                      # where there is one file, it is read
+    assert load_bert(folder(tmp_path))  # where there is one file, it is read
     (tmp_path / index).write_text("{}")
     assert load_bert(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
@@ -126,16 +207,32 @@ def test_sharded_weights_are_told(tmp_path, index):
         load_bert(tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("is_decoder", True), ("add_cross_attention", True),
-    ("num_hidden_layers", 1001), ("num_hidden_layers", True), ("vocab_size", 10**7 + 1),
-    ("vocab_size", None), ("hidden_size", 10**400), ("type_vocab_size", 2.0),
-    ("layer_norm_eps", True), ("layer_norm_eps", float("nan")), ("layer_norm_eps", 1.5),
-    ("layer_norm_eps", -1e-12), ("layer_norm_eps", float("inf")),
-    ("hidden_dropout_prob", 1), ("attention_probs_dropout_prob", 1.0),
-    ("hidden_dropout_prob", -0.1), ("hidden_dropout_prob", float("nan")),
-    ("initializer_range", -0.02), ("initializer_range", float("nan")),
-    ("initializer_range", float("inf")), ("initializer_range", 10**400)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("is_decoder", True),
+        ("add_cross_attention", True),
+        ("num_hidden_layers", 1001),
+        ("num_hidden_layers", True),
+        ("vocab_size", 10**7 + 1),
+        ("vocab_size", None),
+        ("hidden_size", 10**400),
+        ("type_vocab_size", 2.0),
+        ("layer_norm_eps", True),
+        ("layer_norm_eps", float("nan")),
+        ("layer_norm_eps", 1.5),
+        ("layer_norm_eps", -1e-12),
+        ("layer_norm_eps", float("inf")),
+        ("hidden_dropout_prob", 1),
+        ("attention_probs_dropout_prob", 1.0),
+        ("hidden_dropout_prob", -0.1),
+        ("hidden_dropout_prob", float("nan")),
+        ("initializer_range", -0.02),
+        ("initializer_range", float("nan")),
+        ("initializer_range", float("inf")),
+        ("initializer_range", 10**400),
+    ],
+)
 def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: value}))
     with pytest.raises(ValueError) as caught:
@@ -144,9 +241,14 @@ def test_configs_out_of_range_are_refused_by_name(tmp_path, name, value):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("more", [
-    {"hidden_size": 10**6, "num_hidden_layers": 1000}, {"vocab_size": 10**7, "hidden_size": 5000},
-    {"intermediate_size": 10**7, "num_hidden_layers": 900}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hidden_size": 10**6, "num_hidden_layers": 1000},
+        {"vocab_size": 10**7, "hidden_size": 5000},
+        {"intermediate_size": 10**7, "num_hidden_layers": 900},
+    ],
+)
 def test_configs_of_impossible_sizes_are_refused(tmp_path, more):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | more))
     with pytest.raises(ValueError, match="parameters is too large: correct config.json"):
@@ -154,8 +256,12 @@ def test_configs_of_impossible_sizes_are_refused(tmp_path, more):
 
 
 def test_configs_in_range_are_taken(tmp_path):
-    values = CONFIG | {"is_decoder": False, "add_cross_attention": None, "hidden_dropout_prob": 0,
-                       "initializer_range": 0}
+    values = CONFIG | {
+        "is_decoder": False,
+        "add_cross_attention": None,
+        "hidden_dropout_prob": 0,
+        "initializer_range": 0,
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path).hidden_dropout_prob == 0
 
@@ -172,7 +278,10 @@ def test_safetensors_with_the_package(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     folder(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    save_file({name: value.contiguous() for name, value in WEIGHTS.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in WEIGHTS.items()},
+        tmp_path / "model.safetensors",
+    )
     assert_equals_huggingface(load_bert(tmp_path))
 
 
@@ -185,18 +294,22 @@ def test_a_layer_runs_on_any_rows(tmp_path):
     torch.testing.assert_close(alone, hiddens[2][[2, 0]])
     rubbish = hiddens[1].masked_fill(~mask[..., None], 77.0)
     torch.testing.assert_close(bert.layers[1](rubbish, mask)[mask], hiddens[2][mask])
-    torch.testing.assert_close(bert.layers[1](hiddens[1][:1], None), bert.layers[1](hiddens[1][:1], mask[:1]))
+    torch.testing.assert_close(
+        bert.layers[1](hiddens[1][:1], None), bert.layers[1](hiddens[1][:1], mask[:1])
+    )
 
 
 def test_dropout_acts_in_training_only(tmp_path):
     bert = load_bert(folder(tmp_path), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
     assert torch.equal(bert.eval()(*BATCH)[-1], bert(*BATCH)[-1])
-    assert not torch.equal(bert.train()(*BATCH)[-1], bert(*BATCH)[-1])      # attention's alone
+    assert not torch.equal(bert.train()(*BATCH)[-1], bert(*BATCH)[-1])  # attention's alone
 
 
 @pytest.mark.parametrize("layers", [2, 4, 6, 8, 10, 12])
 def test_the_name_table_covers_the_encoder(layers):
-    config = BertConfig(num_hidden_layers=layers, hidden_size=128, num_attention_heads=2, intermediate_size=512)
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=128, num_attention_heads=2, intermediate_size=512
+    )
     with torch.device("meta"):
         assert set(name_table(config)) == set(Bert(config).state_dict())
 
@@ -204,7 +317,8 @@ def test_the_name_table_covers_the_encoder(layers):
 @pytest.mark.parametrize("name", ["gte-small", "e5-small"])
 @torch.no_grad()
 def test_real_weights(shared, name):
-    """Real 12-layer weights load; with the package transformers at hand, every layer equals its BertModel."""
+    """Real 12-layer weights load; with the package transformers at hand, every layer equals its
+    BertModel."""
     path = shared / "weights" / name
     if not path.is_dir():
         pytest.skip(f"{path} is not there")
@@ -215,34 +329,48 @@ def test_real_weights(shared, name):
     tensors = torch.load(path / "pytorch_model.bin", weights_only=True)
     theirs.load_state_dict({n: v.float() for n, v in tensors.items()}, strict=False)
     ids = torch.randint(1000, 20000, (3, 17), generator=torch.Generator().manual_seed(0))
-    segment_ids, mask = (torch.arange(17) > 8).long().expand(3, 17), torch.arange(17) < torch.tensor([[17], [11], [5]])
-    expected = theirs(ids, attention_mask=mask.long(), token_type_ids=segment_ids, output_hidden_states=True).hidden_states
+    segment_ids, mask = (
+        (torch.arange(17) > 8).long().expand(3, 17),
+        torch.arange(17) < torch.tensor([[17], [11], [5]]),
+    )
+    expected = theirs(
+        ids, attention_mask=mask.long(), token_type_ids=segment_ids, output_hidden_states=True
+    ).hidden_states
     for ours, h in zip(bert(ids, segment_ids, mask), expected, strict=True):
         torch.testing.assert_close(ours[mask], h[mask], rtol=0, atol=1e-5)
 
 
 def test_dropout_drops_a_share_and_keeps_the_mean():
-    """On a CPU from 16 random bits a value: the share, the scale, the gradient, and nothing twice alike."""
+    """On a CPU from 16 random bits a value: the share, the scale, the gradient, and nothing twice
+    alike."""
     torch.manual_seed(0)
-    x = torch.ones(1001, 997, requires_grad=True)           # not a multiple of four
+    x = torch.ones(1001, 997, requires_grad=True)  # not a multiple of four
     for p in (0.1, 0.5):
         dropped = Dropout(p)(x)
         kept = dropped != 0
         assert 1 - kept.float().mean().item() == pytest.approx(p, abs=0.002)
-        torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=1e-4, atol=0)
-        gradient, = torch.autograd.grad(dropped.sum(), x)
+        torch.testing.assert_close(
+            dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=1e-4, atol=0
+        )
+        (gradient,) = torch.autograd.grad(dropped.sum(), x)
         assert torch.equal(gradient, dropped.detach())
         assert not torch.equal(kept, Dropout(p)(x) != 0)
-        rows = kept.float().mean(1)                         # no row or column fares worse than chance
+        rows = kept.float().mean(1)  # no row or column fares worse than chance
         assert (rows - rows.mean()).abs().max() < 0.08
     assert torch.equal(Dropout(0.5).eval()(x), x) and Dropout(0.0)(x) is x
 
 
 def test_training_computes_what_inference_computes():
-    """With dropout on but so small that nothing is dropped, the attention that is written out equals the fused one."""
+    """With dropout on but so small that nothing is dropped, the attention that is written out
+    equals the fused one."""
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=20, num_attention_heads=5, intermediate_size=28, hidden_dropout_prob=0.0,
-                        attention_probs_dropout_prob=1e-9)
+    config = BertConfig(
+        hidden_size=20,
+        num_attention_heads=5,
+        intermediate_size=28,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=1e-9,
+    )
     layer, h = Layer(config), torch.randn(3, 7, 20)
     for mask in (None, torch.arange(7) < torch.tensor([7, 4, 1])[:, None]):
         real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask
