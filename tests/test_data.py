@@ -5,6 +5,7 @@ and a server on this machine.
     SMARTBERT_SHARED=folder pytest tests/test_data.py   # reads folder/glue/, folder/weights/
 """
 
+import gzip
 import io
 import json
 import os
@@ -241,7 +242,7 @@ def test_majority_of_the_dev_sets(name, expected):
 # --- Downloads ----------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files, but only the first server.cut bytes of a body."""
+    """Serves server.files, compressed where the client allows it. server.cut: only so many bytes."""
 
     def do_GET(self):
         body = self.server.files.get(self.path)
@@ -249,6 +250,9 @@ class Handler(BaseHTTPRequestHandler):
         if body is None:
             return self.send_error(404)
         self.send_response(200)
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:self.server.cut])
@@ -260,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(handler):
     """A server on this machine for the length of a test; its url ends without a slash."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.files, server.log, server.cut = {}, [], None
+        server.files, server.log, server.cut, server.commit, server.moving = {}, [], None, 1, False
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -429,12 +433,10 @@ def test_mrpc_is_put_together(server, tmp_path):
     assert not (tmp_path / "other" / "glue" / "MRPC").exists()
 
 
-COMMIT = "0123456789abcdef" + "0" * 24
-
-
 class Hub(Handler):
     """As much of the hub's protocol as snapshot_download needs. server.files: OWNER/NAME -> the
-    files of that repository. server.cut: the first large GET breaks off after so many bytes."""
+    files of that repository. server.cut: the first large GET breaks off after so many bytes.
+    server.commit: the newest commit; where server.moving, each look at it finds a newer one."""
 
     def do_HEAD(self):
         self.answer(head=True)
@@ -445,23 +447,26 @@ class Hub(Handler):
     def answer(self, head: bool) -> None:
         path = self.path.partition("?")[0].strip("/")
         repository, kind, file = path.removeprefix("api/models/"), "", ""
+        commit = f"{self.server.commit:040x}"
         for word in ("/revision/", "/tree/", "/resolve/"):
             if word in repository:
-                repository, _, file = repository.partition(word)
-                kind, file = word.strip("/"), file.partition("/")[2]
+                repository, _, rest = repository.partition(word)
+                asked, _, file = rest.partition("/")
+                kind, commit = word.strip("/"), commit if asked == "main" else asked
+        self.server.commit += self.server.moving
         files = self.server.files.get(repository)
         if not head:
             self.server.log.append(file or kind)
         if files is None or kind == "resolve" and file not in files:
             code = "RepoNotFound" if files is None else "EntryNotFound"
-            return self.send(b"", head, 404, {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+            return self.send(b"", head, 404, {"X-Error-Code": code, "X-Repo-Commit": commit})
         if kind == "resolve":
             return self.send(files[file], head, 200, {
-                "ETag": f'"{abs(hash(files[file])):x}"', "X-Repo-Commit": COMMIT})
+                "ETag": f'"{abs(hash(files[file])):x}"', "X-Repo-Commit": commit})
         tree = [{"type": "file", "path": name, "size": len(body), "oid": f"{abs(hash(body)):x}"}
                 for name, body in files.items()]
         siblings = [{"rfilename": name} for name in files]
-        info = {"id": repository, "sha": COMMIT, "siblings": siblings}
+        info = {"id": repository, "sha": commit, "siblings": siblings}
         answer = tree if kind == "tree" else info
         self.send(json.dumps(answer).encode(), head, 200, {"Content-Type": "application/json"})
 
@@ -518,9 +523,10 @@ def test_weights_come_from_the_hub_once(hub, tmp_path, capfd):
 
 def test_safetensors_where_the_hub_has_nothing_else(hub, tmp_path):
     small = {name: body for name, body in BERT.items() if name != "pytorch_model.bin"}
-    hub.files["some-one/some-bert"] = small | OTHERS
+    hub.files["some-one/some-bert"], hub.moving = small | OTHERS, True
     folder = data.fetch_weights("some-one/some-bert", tmp_path)
-    assert contents(folder) == small | {"model.safetensors": TENSORS[::-1]}
+    assert contents(folder) == small | {                     # all of one commit
+        "model.safetensors": TENSORS[::-1]}
 
 
 def test_an_interrupted_fetch_ends_with_the_right_bytes(hub, tmp_path):
