@@ -53,7 +53,7 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
 class Settings:
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
     method: str = flag("smartbert", "smartbert, or bert for the baseline: no gates, no exits")
-    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the Hugging Face hub")
+    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the hub")
     data_dir: str | None = flag(None, "folder with GLUE's files; without it they are downloaded")
     cache: str | None = flag(None, "folder for downloads; default SMARTBERT_CACHE, else the user's cache")
     out: str | None = flag(None, "the run's folder; default runs/TASK or runs/TASK-bert")
