@@ -242,8 +242,7 @@ def test_majority_of_the_dev_sets(name, expected):
 # --- Downloads ----------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.files, compressed where the client allows it. server.cut: only so many
-    bytes."""
+    """Serves server.files, compressed where that is allowed. server.cut: only so many bytes."""
 
     def do_GET(self):
         body = self.server.files.get(self.path)
