@@ -103,7 +103,8 @@ class Settings:
 
 # Settings of a task that differ from the defaults; GLUE's as measured with encoders of 12 layers x 384.
 RECIPES = {
-    "toy": dict(lr=5e-4, batch_size=64, epochs1=30, epochs2=6, dropout=0.0, budget=0.6),
+    "toy": dict(lr=5e-4, epochs1=14, epochs2=4, dropout=0.0, budget=0.5, penalty_start=0.4,
+                penalty_full=0.75),
     "cola": dict(batch_size=16, epochs1=8, budget=0.5),
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
     "mrpc": dict(batch_size=16, budget=0.5),
@@ -360,14 +361,16 @@ def penalty_now(settings: Settings, progress: float) -> dict:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, steps: int) -> None:
-    """The learning rate rises for a while, then falls to nothing. The first step has the rate of the
-    second, or it would train nothing. Gates rest until they are penalised."""
-    progress = step / steps
-    risen = max(progress, 1 / steps) / max(settings.warmup, 1e-9)
-    rate = min(risen, (1 - progress) / (1 - settings.warmup))
+    """The learning rate rises for a while, then falls to nothing; in phase 1 it does so twice: first
+    the task to its end, then the gates, which rest until they are penalised, and the task with them.
+    The first step has the rate of the second, or it would train nothing."""
+    gates = any(group["gates"] for group in optimizer.param_groups)
+    start = math.ceil(settings.penalty_start * steps) if gates else 0       # of the second part
+    done, length = (step - start, steps - start) if step >= start else (step, start)
+    rate = min(max(done, 1) / max(settings.warmup * length, 1e-9),
+               (length - done) / ((1 - settings.warmup) * length))
     for group in optimizer.param_groups:
-        resting = group["gates"] and progress < settings.penalty_start
-        group["lr"] = 0.0 if resting else group["top"] * rate
+        group["lr"] = 0.0 if group["gates"] and step < start else group["top"] * rate
 
 
 def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, progress: float,

@@ -113,18 +113,18 @@ def test_evaluation_writes_what_it_prints(finished, capsys):
     evaluation.main([str(finished), "--thresholds", "0.1", "0.5", "9", "--repeats", "1", "--device", "cpu"])
     printed = capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
-    assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 1000)
+    assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 900)
     assert [row["mode"] for row in result["rows"]] == ["plain", "skip"] + ["exit"] * 3 + ["both"] * 3
     for row in result["rows"]:
-        assert sum(row["exit_histogram"]) == 1000 and len(row["skip_rate"]) == 6
-        assert sum(level["examples"] for level in row["levels"]) == 1000
-        assert row["score"] == pytest.approx(sum(l["accuracy"] for l in row["levels"]) / 4, abs=1e-6)
-        assert row["layers"] == pytest.approx(sum(l["layers"] for l in row["levels"]) / 4, abs=1e-5)
+        assert sum(row["exit_histogram"]) == 900 and len(row["skip_rate"]) == 6
+        assert sum(level["examples"] for level in row["levels"]) == 900
+        assert row["score"] == pytest.approx(sum(l["accuracy"] for l in row["levels"]) / 3, abs=1e-6)
+        assert row["layers"] == pytest.approx(sum(l["layers"] for l in row["levels"]) / 3, abs=1e-5)
         assert row["seconds"] > 0 and f"{row['flops']:.3f}" in printed
     plain = result["rows"][0]
     assert (plain["flops"], plain["layers"], plain["threshold"]) == (1.0, 6.0, None)
     everybody = next(r for r in result["rows"] if r["mode"] == "exit" and r["threshold"] == 9)
-    assert everybody["exit_histogram"] == [1000, 0, 0, 0, 0, 0] and everybody["layers"] == 1
+    assert everybody["exit_histogram"] == [900, 0, 0, 0, 0, 0] and everybody["layers"] == 1
     assert "warning: at threshold 9 every example leaves at layer 1" in printed
 
 
