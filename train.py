@@ -79,8 +79,8 @@ class Settings:
     lr: float = flag(1e-4, "learning rate of the encoder; measured at H = 384, take less for a wider "
                      "one (BERT-base: 3e-5)", 0, 1e9)
     lr_new: float = flag(1e-3, "learning rate of gates, heads and projections", 0, 1e9)
-    warmup: float = flag(0.06, "share of a phase in which the learning rate rises; then it falls "
-                         "to 0", 0, 0.99)
+    warmup: float = flag(0.06, "share in which the learning rate rises, of phase 2 and of each part of "
+                         "phase 1, the task's and the gates'; then it falls to 0", 0, 0.99)
     weight_decay: float = flag(0.01, "AdamW's; not on biases and LayerNorm", 0, 1e9)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
@@ -103,7 +103,7 @@ class Settings:
 
 # Settings of a task that differ from the defaults; GLUE's as measured with encoders of 12 layers x 384.
 RECIPES = {
-    "toy": dict(lr=5e-4, epochs1=14, epochs2=4, dropout=0.0, budget=0.5, penalty_start=0.4,
+    "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.65, penalty_start=0.4,
                 penalty_full=0.75),
     "cola": dict(batch_size=16, epochs1=8, budget=0.5),
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
@@ -156,7 +156,7 @@ def load_encoder(settings: Settings, folder: Path | None, vocabulary: int) -> Be
     if folder is None:
         # With BERT's deviation of 0.02 so narrow a model stays at chance; 1 / sqrt(H) trains.
         return Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
-                               num_attention_heads=4, intermediate_size=256,
+                               num_attention_heads=4, intermediate_size=128,
                                max_position_embeddings=128, initializer_range=64**-0.5, **dropout))
     try:
         return load_bert(folder, **dropout)
@@ -364,7 +364,7 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
     """The learning rate rises for a while, then falls to nothing; in phase 1 it does so twice: first
     the task to its end, then the gates, which rest until they are penalised, and the task with them.
     The first step has the rate of the second, or it would train nothing."""
-    gates = any(group["gates"] for group in optimizer.param_groups)
+    gates = settings.method == "smartbert" and any(g["gates"] for g in optimizer.param_groups)
     start = math.ceil(settings.penalty_start * steps) if gates else 0       # of the second part
     done, length = (step - start, steps - start) if step >= start else (step, start)
     rate = min(max(done, 1) / max(settings.warmup * length, 1e-9),

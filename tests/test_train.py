@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import eval as evaluation
 import train
@@ -106,6 +107,25 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
     assert state["done"] >= 1 and sum("held-out" in record for record in state["log"]) == state["done"]
     assert not (out / "model.pt").exists()
     refused(evaluation.main, [out], "model.pt")
+
+
+@pytest.mark.parametrize("more, starts", [({}, (0, 40)), ({"method": "bert"}, (0,)), ({"no_skipping": True}, (0,)),
+                                          ({"penalty_start": 0.0}, (0,))])
+def test_learning_rates_rise_and_fall_for_the_task_and_then_for_the_gates(more, starts):
+    """A part begins low and ends low, with one peak in it; the gates' rate is 0 in the task's part."""
+    settings = train.Settings(**{"penalty_start": 0.4, "warmup": 0.1} | more)
+    optimizer = train.make_optimizer(tiny_model(), settings, 1)
+    encoder, gates = [], []
+    for step in range(100):
+        train.set_rates(optimizer, settings, step, 100)
+        encoder.append(optimizer.param_groups[0]["lr"])
+        gates += [group["lr"] for group in optimizer.param_groups[-1:] if group["gates"]]
+    for start, end in zip(starts, (*starts[1:], 100)):
+        part, peak = encoder[start:end], max(encoder[start:end])
+        assert peak == pytest.approx(settings.lr) and part.index(peak) == round(0.1 * (end - start))
+        assert 0 < part[0] <= peak / 3 and 0 < part[-1] < peak / 30
+    if len(starts) == 2:
+        assert not any(gates[:40]) and gates[40:] == pytest.approx([rate * 10 for rate in encoder[40:]])
 
 
 def test_evaluation_writes_what_it_prints(finished, capsys):
