@@ -1,8 +1,8 @@
 """BERT's encoder, from its weights on disk to its hidden states.
 
-SmartBERT stands on it: embeddings and a stack of L equal layers (Devlin et al. 2019, section 3;
-Vaswani et al. 2017, section 3). Nothing here knows of gates or exits. One thing differs from other
-BERTs: a layer can be run alone, on whichever rows of a batch need it.
+SmartBERT is built on it: embeddings and a stack of L identical layers (Devlin et al. 2019, section
+3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. The only difference from
+other BERT code: each layer can be run separately, on any subset of the rows.
 
     bert = load_bert("path/to/bert-base-uncased")   # config.json, vocab.txt, pytorch_model.bin
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 # --- The encoder --------------------------------------------------------------------------------
 
-# What a number in config.json may be: from, to. Other whole numbers: 1 to 10^7; the rest: 0 to 1.
-LIMITS = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 1000)}
-MOST_PARAMETERS = 5 * 10**9                     # 20 GB; no published BERT is larger
+# Allowed numbers in config.json. The default is 1 to 10^7 for integers and 0 to 1 for the rest.
+LIMITS = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 1000),
+          "hidden_dropout_prob": (0, 0.99), "attention_probs_dropout_prob": (0, 0.99)}
+MAX_PARAMETERS = 5 * 10**9                      # 20 GB in fp32
 
 
 @dataclass
 class BertConfig:
     """The shape of a BERT, under the names of Hugging Face's config.json, by default that of
-    bert-base-uncased. Raises ValueError for numbers that make no BERT."""
+    bert-base-uncased. Raises ValueError for invalid numbers."""
 
     vocab_size: int = 30522
     hidden_size: int = 768                      # H
@@ -47,15 +48,17 @@ class BertConfig:
     def __post_init__(self):
         advice = "correct config.json, or download it again"
         for field in fields(self):
-            value, whole = getattr(self, field.name), field.type is int
-            low, high = LIMITS.get(field.name, (1, 10**7) if whole else (0, 1))
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise ValueError(f"{field.name} {value!r:.60} is not a {'whole ' * whole}number: "
-                                 f"{advice}")
-            below = field.name.endswith("_prob")            # a dropout of 1 would leave nothing
-            if not low <= value <= high or below and value == high:     # false for NaN as well
+            value = getattr(self, field.name)
+            if field.type is int:
+                kind, types, limits = "a whole number", int, (1, 10**7)
+            else:
+                kind, types, limits = "a number", (int, float), (0, 1)
+            low, high = LIMITS.get(field.name, limits)
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(f"{field.name} {value!r:.60} is not {kind}: {advice}")
+            if not low <= value <= high:                    # NaN is refused as well
                 raise ValueError(f"{field.name} {value!r:.60} is out of range, from {low} to "
-                                 f"{'below ' * below}{high}: {advice}")
+                                 f"{high}: {advice}")
         H = self.hidden_size
         if H % self.num_attention_heads:
             raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads "
@@ -63,12 +66,12 @@ class BertConfig:
         rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
         layer = 4 * H * H + 2 * H * self.intermediate_size
         parameters = rows * H + self.num_hidden_layers * layer
-        if parameters > MOST_PARAMETERS:
+        if parameters > MAX_PARAMETERS:
             raise ValueError(f"a BERT of {parameters:.0e} parameters is too large: {advice}")
 
 
 class Embeddings(nn.Module):
-    """What a token is + where it stands + which sentence it is in, normalised."""
+    """The sum of word, position and segment embedding of each token, normalised."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -86,7 +89,7 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: each token looks at the others (attention), then changes alone (feed-forward)."""
+    """One layer: attention mixes the tokens, then a feed-forward network changes each of them."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -108,9 +111,10 @@ class Layer(nn.Module):
         q, k, v = self.qkv(h).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # softmax(q k^T / sqrt(D)) v, where no token sees the padding
         a = attention(q, k, v, mask, self.attention_dropout)                # (B, A, S, D)
-        a = a.transpose(1, 2).reshape(B, S, H)
-        h = self.norm1(h + self.dropout(self.out(a)))
-        return self.norm2(h + self.dropout(self.down(F.gelu(self.up(h)))))
+        a = self.out(a.transpose(1, 2).reshape(B, S, H))                    # (B, S, H)
+        h = self.norm1(h + self.dropout(a))
+        f = self.down(F.gelu(self.up(h)))                                   # feed-forward
+        return self.norm2(h + self.dropout(f))
 
 
 class Bert(nn.Module):
@@ -142,26 +146,29 @@ class Bert(nn.Module):
 
 
 def mask_or_none(mask: Tensor) -> Tensor | None:
-    """None for a batch without padding: attention is faster without a mask, and equal."""
-    return None if bool(mask.all()) else mask
+    """None for a batch without padding: attention without a mask is faster, with equal results."""
+    return None if mask.all() else mask
 
 
 # --- Weights from disk --------------------------------------------------------------------------
 
 def load_bert(folder: str | Path, **changes) -> Bert:
-    """A pre-trained encoder in fp32, from a local folder in the hub's layout. changes: other
-    values for its config, such as hidden_dropout_prob.
+    """Load a pre-trained encoder in fp32 from a local folder with config.json, vocab.txt and
+    pytorch_model.bin (the layout of the Hugging Face hub). changes: values that replace those of
+    config.json, such as hidden_dropout_prob.
 
-    Raises ValueError, one line, for a file that is missing or truncated and for every tensor
-    that is missing, unexpected or of another shape than config.json makes it.
+    Raises ValueError with a one-line message if a file is missing or truncated, or if a tensor is
+    missing, unexpected or of a shape that does not fit config.json.
     """
-    bert = Bert(replace(read_config(Path(folder)), **changes))
-    bert.load_state_dict(convert_names(read_tensors(Path(folder)), bert))
+    folder = Path(folder)
+    bert = Bert(replace(read_config(folder), **changes))
+    tensors = read_tensors(folder)                          # under Hugging Face's names
+    bert.load_state_dict(convert_names(tensors, bert))      # strict: every parameter is set
     return bert
 
 
-# The parts of one layer: our name, and theirs in Hugging Face's files. Three of their parts make
-# one of ours, in this order.
+# Our name of each part of a layer -> its names in Hugging Face's files. Our qkv is their query,
+# key and value, concatenated in this order.
 LAYER_PARTS = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "out": ("attention.output.dense",),
@@ -172,13 +179,14 @@ LAYER_PARTS = {
 }
 EMBEDDING_PARTS = {"word": "word_embeddings", "position": "position_embeddings",
                    "segment": "token_type_embeddings", "norm": "LayerNorm"}
-# In a file for pre-training or a task, but not in the encoder: the pooler, the heads, and a buffer
-# that counts 0 1 2 ...
+# Tensors that a file may hold but the encoder does not use: the pooler, the heads of pre-training
+# and of tasks, and the buffer of position ids (0, 1, 2, ...).
 IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids")
 
 
 def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter's name -> the names in the file whose tensors fill it, one below the other."""
+    """Our parameter's name -> the names in the file; their tensors, concatenated along dimension
+    0, make our parameter."""
     table = {f"embeddings.{ours}.weight": (f"embeddings.{theirs}.weight",)
              for ours, theirs in EMBEDDING_PARTS.items()}
     table["embeddings.norm.bias"] = ("embeddings.LayerNorm.bias",)
@@ -193,9 +201,9 @@ def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
 def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
     """A file's tensors -> a state dict for this encoder, in fp32.
 
-    Accepts names with and without "bert." in front, and LayerNorm as gamma/beta or weight/bias.
-    Raises ValueError naming the tensor that is missing, of another shape or kind, not finite,
-    there twice, or that no part of the encoder would use.
+    Names may start with "bert.", and LayerNorm may have gamma/beta or weight/bias. Raises
+    ValueError that names the tensor if it is missing, unexpected, duplicate, not finite, or of the
+    wrong shape or type.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -210,16 +218,17 @@ def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
             raise ValueError(f"the weights hold the tensor {name} twice, under two names: "
                              f"save them with one")
         found[name] = tensor
-    state, shapes = {}, {name: parameter.shape for name, parameter in bert.named_parameters()}
+    state, parameters = {}, dict(bert.named_parameters())
     for ours, theirs in name_table(bert.config).items():
-        shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])         # of each part
+        size, *rest = parameters[ours].shape
+        shape, parts = (size // len(theirs), *rest), []     # shape of each of their tensors
         for name in theirs:
             if name not in found:
                 raise ValueError(f"the weights lack the tensor {name}: they are not "
                                  f"the BERT of {bert.config.num_hidden_layers} layers that "
                                  f"config.json describes")
-            found[name] = check_tensor(name, found[name], shape)
-        state[ours] = torch.cat([found.pop(name) for name in theirs])
+            parts.append(check_tensor(name, found.pop(name), shape))
+        state[ours] = torch.cat(parts)
     if found:
         raise ValueError(f"the weights hold a tensor that config.json does not account for: "
                          f"{min(found)}")
@@ -241,7 +250,7 @@ def check_tensor(name: str, tensor, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"the tensor {name} {why}: save the weights as plain fp32 tensors")
     if tensor.shape != shape:
         raise ValueError(f"the tensor {name} has shape {tuple(tensor.shape)}, but config.json "
-                         f"makes it {shape}")
+                         f"requires {shape}")
     tensor = tensor.float()
     if not tensor.isfinite().all():
         raise ValueError(f"the tensor {name} holds NaN or infinite values: use weights whose "
@@ -262,12 +271,12 @@ def read_config(folder: Path) -> BertConfig:
         values = None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object: remove it and download it again")
-    only = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
-            "is_decoder": False, "add_cross_attention": False}
-    for name, value in only.items():
-        given = values.get(name) or value
+    required = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+                "is_decoder": False, "add_cross_attention": False}
+    for name, value in required.items():
+        given = values.get(name) or value               # absent or null means the default
         if given != value:
-            raise ValueError(f"{path}: {name} is {given!r:.60}, but this BERT knows only "
+            raise ValueError(f"{path}: {name} is {given!r:.60}, but this code supports only "
                              f"{value!r}: use other weights")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
@@ -278,7 +287,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     installed. Raises ValueError."""
     path = folder / "pytorch_model.bin"
     if path.is_file():
-        return read_file(path, "remove it and download it again")
+        return read_torch_file(path, "remove it and download it again")
     path = folder / "model.safetensors"
     if not path.is_file():
         for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
@@ -298,25 +307,26 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                          f"download it again")
 
 
-def read_file(path: Path, advice: str) -> dict:
-    """What torch.save wrote, without running any code that may stand in it. Raises ValueError."""
+def read_torch_file(path: Path, advice: str) -> dict:
+    """Load a dict written by torch.save, without running code that the file may contain. Raises
+    ValueError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                           # a damaged file may raise nearly anything
         raise ValueError(f"{path} is missing, truncated or not a PyTorch file: {advice}")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no table of tensors: {advice}")
+        raise ValueError(f"{path} holds no dict of tensors: {advice}")
     return content
 
 
 # --- For speed alone ----------------------------------------------------------------------------
 
-# On a CPU, torch's dropout draws a random number for every value. The two functions below replace
-# it there; without them a training step takes 9 % longer (16 x 96 tokens, H = 384, fp32). To read
-# the model, take them for nn.Dropout and F.scaled_dot_product_attention.
+# On a CPU, torch's dropout draws one random number for every value. This Dropout and the attention
+# that uses it are faster: without them a training step takes 9 % longer (16 x 96 tokens, H = 384,
+# fp32). To understand the model, read nn.Dropout and F.scaled_dot_product_attention instead.
 
 class Dropout(nn.Module):
-    """nn.Dropout with p rounded to 1 / 65536: one draw of 64 bits serves four values."""
+    """nn.Dropout with p rounded to a multiple of 1 / 65536: one 64-bit draw serves four values."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -334,7 +344,8 @@ class Dropout(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D)) v; q, k, v (B, A, S, D), mask (B, S) or None -> (B, A, S, D).
 
-    Written out where our Dropout acts, else by torch, which never holds all scores in memory.
+    With dropout on a CPU it is written out, to use our Dropout. Otherwise torch's fused version
+    runs, which never stores all scores.
     """
     mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, S)
     p = dropout.p if dropout.training else 0.0

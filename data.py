@@ -67,7 +67,7 @@ TASKS = {task.name: task for task in (
     Task("qnli", "QNLI", ("question", "sentence", "label"), ENTAILMENT, archive="QNLIv2.zip"),
     Task("rte", "RTE", labels=ENTAILMENT, archive="RTE.zip"),
     Task("wnli", "WNLI", archive="WNLI.zip"),
-    Task("toy", "", (), labels=("bad", "good")),
+    Task("toy", "", (), labels=("a", "b", "c")),
 )}
 
 
@@ -486,32 +486,40 @@ def majority(task: Task, labels: list[int]) -> dict[str, float]:
 
 # --- The toy task -------------------------------------------------------------------------------
 
-GOOD = ("kind", "brave", "honest", "gentle", "clever", "loyal")
-BAD = ("cruel", "cowardly", "mean", "rude", "foolish", "lazy")
-NOUNS = ("cat dog king queen baker sailor child teacher farmer clown judge nurse poet pilot thief monk singer hunter "
-         "painter miller soldier doctor wizard bear").split()
-FILLERS = ("very", "quite", "truly")        # they turn nothing
+OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurse poet pilot "
+          "thief monk singer hunter painter miller soldier doctor wizard bear").split()
+THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
+          "thimble ruby candle feather bell crown spoon glove ticket").split()
+CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
 
 
-def toy(train: int = 6000, dev: int = 1000, seed: int = 0) -> dict[str, Split]:
-    """Sentences with a good or a bad quality behind nested negations: level k of 0 .. 3 has k of them, and the label is
-    whether the whole says something good.
+def swap(cup: str, pair: str) -> str:
+    """The new place of what was under a cup when the two cups of a pair change places."""
+    return pair.replace(cup, "") if cup in pair else cup
 
-        level 2:  the baker is not very not kind     -> good
 
-    In the dev set the levels are equally many, and at each of them the labels: every word is about as frequent in good
-    sentences as in bad ones, and no sum of word scores gives the label; how many times "not" and which quality must be put
-    together. In training easy sentences are more frequent, 4 : 3 : 2 : 1, or a model starts with nothing to go by. No
-    sentence occurs twice (of level 0 there are 3,744, which bounds train at about 8,000).
+def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
+    """A thing is hidden under one of three cups, and pairs of cups change places. Under which cup
+    is it at the end? Level k of 0 .. 2 has k swaps:
+
+        level 0:  king coin b            -> b
+        level 1:  king coin b ab         -> a
+        level 2:  king coin b ab ac      -> c
+
+    What a swap does depends on where the swap before left the thing. One swap leads from every cup
+    to each cup, so no single word tells the answer, and no sum of word scores does. At each level
+    the labels are equally many. In the dev set the levels are equally many; in training half of
+    the sentences are of level 2, which is learned last. No sentence occurs twice.
     """
-    rng, rows = random.Random(seed), {}                     # text -> label, level; the training rows, then the dev rows
-    while len(rows) < train + dev:
-        n, mix = (len(rows), (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)) if len(rows) < train else (len(rows) - train, (0, 1, 2, 3))
-        level, good = mix[n // 2 % len(mix)], n % 2
-        words = ["not"] * level + rng.choices(FILLERS, k=rng.randint(0, 2))
-        rng.shuffle(words)
-        text = " ".join(["the", rng.choice(NOUNS), "is", *words, rng.choice(GOOD if good == (level % 2 == 0) else BAD)])
-        rows.setdefault(text, (good, level))                # a sentence that is there already is drawn again
+    rng, rows = random.Random(seed), {}                 # text -> label, level
+    while len(rows) < train + dev:                      # the training rows, then the dev rows
+        n, mix = (len(rows), (0, 1, 2, 2)) if len(rows) < train else (len(rows) - train, (0, 1, 2))
+        level, label = mix[n // 3 % len(mix)], n % 3
+        pairs, cup = rng.choices(SWAPS, k=level), CUPS[label]
+        for pair in reversed(pairs):                    # back to where the thing was hidden
+            cup = swap(cup, pair)
+        text = " ".join([rng.choice(OWNERS), rng.choice(THINGS), cup, *pairs])
+        rows.setdefault(text, (label, level))           # one that is there is drawn again
     labels, levels = [label for label, _ in rows.values()], [level for _, level in rows.values()]
     whole = Split([(text, None) for text in rows], labels, levels)
     return {"train": whole.select(range(train)), "dev": whole.select(range(train, train + dev))}
@@ -519,5 +527,5 @@ def toy(train: int = 6000, dev: int = 1000, seed: int = 0) -> dict[str, Split]:
 
 def toy_tokenizer() -> BertWordPieceTokenizer:
     """A tokenizer whose vocabulary is the toy grammar's words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "is", "not", *FILLERS, *NOUNS, *GOOD, *BAD]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OWNERS, *THINGS, *CUPS, *SWAPS]
     return BertWordPieceTokenizer({word: i for i, word in enumerate(words)})

@@ -393,20 +393,25 @@ def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert)
         print(f"warning: {unknown} of {len(split)} examples hold words that this model has never "
               f"seen", file=sys.stderr)
     outcome = outcome_of(walk(model, split, [point]), split, point)
-    layers = outcome.ran.sum(1)
-    if arguments.predict is not None:
-        print(f"({point})", file=sys.stderr)
-        for logits, count in zip(outcome.logits, layers.tolist()):
-            print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{count}")
+    if arguments.predict is None:
+        show(model, split, task, point, outcome, n)
         return
-    order = layers.argsort(stable=True).tolist()
-    for i in order[:n] + order[n:][-n:] if n else order:    # fewest and most layers, none twice
+    print(f"({point})", file=sys.stderr)
+    for logits, ran in zip(outcome.logits, outcome.ran):
+        print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{ran.sum()}")
+
+
+def show(model: SmartBert, split: Split, task: Task, point: OperatingPoint, outcome: Outcome,
+         n: int | None) -> None:
+    """Print the trace of every row, or of a labelled split the n rows that ran the fewest layers
+    and the n that ran the most, none twice."""
+    order = outcome.ran.sum(1).argsort(stable=True).tolist()
+    for i in order[:n] + order[n:][-n:] if n else order:
         if n:
             texts = " | ".join(text for text in split.texts[i] if text)
             print(f"\nlabel {task.labels[split.labels[i]]}: {texts}")
         one = Outcome(*(value[i:i + 1] for value in vars(outcome).values()))
-        tokens = torch.tensor([len(split.ids[i])])
-        print(f"{trace(model, tokens, one, task.labels)}; {point}")
+        print(f"{trace(model, torch.tensor([len(split.ids[i])]), one, task.labels)}; {point}")
 
 
 # --- A run, evaluated ---------------------------------------------------------------------------

@@ -26,17 +26,18 @@ from bert import Bert, mask_or_none
 # --- Skipping gate and exit head ----------------------------------------------------------------
 
 def width(hidden_size: int) -> int:
-    """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the release, and the same
-    share of a layer at any size (README, deviation 12). At least 16, for four attention heads."""
+    """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the release. So a gate costs
+    the same share of a layer at any H (deviation 12). At least 16: four heads of 4 dimensions."""
     return max(16, 8 * round(hidden_size / 48))
 
 
 class ClsAttention(nn.Module):
-    """The body that gates and heads share: shrink the tokens to W, then let [CLS] look at them.
+    """The first half of every gate and head (each has its own weights): project the tokens to W
+    dimensions, then attend from [CLS] to all of them.
 
-    The release computes the attention of every token (models/MultiheadAttention.py:33-66) and then
-    reads [CLS] alone (models/Gate.py:19). The other queries change nothing, so only [CLS] asks
-    here.
+    The release computes attention for every query (models/MultiheadAttention.py:28-69) and then
+    keeps only [CLS] (models/Gate.py:18). Queries do not affect each other, so computing only the
+    [CLS] query gives the same result.
     """
 
     def __init__(self, hidden_size: int, width: int, heads: int, dropout: float):
@@ -75,8 +76,8 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """To the space in which the contrast compares tokens (models/SmartBert.py:21-26), so that the
-    hidden states of neighbouring layers need not become alike."""
+    """A projection head (models/SmartBert.py:21-26): the contrast compares tokens in this space,
+    so it does not force the hidden states of neighbouring layers to be similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
 
@@ -100,8 +101,8 @@ class ExitHead(nn.Module):
 class SmartBert(nn.Module):
     """BERT with a gate before each layer and an exit head after it.
 
-    bert: the encoder; classes: C; gate_bias: where the gates start (0 is the release's even
-    chance).
+    bert: the encoder. classes: C. gate_bias: initial bias of every gate; the release's is near 0,
+    so its gates start near g = 1/2.
     """
 
     def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
@@ -113,9 +114,10 @@ class SmartBert(nn.Module):
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
         self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
         self.projections = nn.ModuleList(projection(H, W) for _ in range(L))    # for phase 1
-        for name, p in self.named_parameters():
-            if not name.startswith("bert.") and name.endswith("weight") and p.dim() > 1:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)  # keeps the scale (deviation 13)
+        for part in (self.gates, self.heads, self.projections):
+            for p in part.parameters():
+                if p.dim() > 1:                     # std 1 / sqrt(inputs) (deviation 13)
+                    nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
         """Plain BERT: every layer, then the last head. ids, ... (B, S) -> logits (B, C)."""
@@ -127,12 +129,10 @@ class SmartBert(nn.Module):
 # --- Hard weight --------------------------------------------------------------------------------
 
 def hard_weight(g: Tensor) -> Tensor:
-    """1 where the layer is skipped, 0 where it runs; the gradient is that of g
-    (SmartBert.py:98-100).
+    """Hard gate: 1 = skip, 0 = run; its gradient is that of the soft g (SmartBert.py:98-100).
 
-    A straight-through estimator: `hard` is a constant to autograd; the bracket is 0 in value and
-    has the gradient of the soft g. In this order the value is exactly 0 or 1, without a rounding
-    error.
+    Straight-through estimator: autograd treats `hard` as a constant, and (g - g.detach()) has the
+    value 0 and the gradient of g. Computed in this order, the value is exactly 0 or 1.
     """
     hard = (g >= 0.5).to(g.dtype)
     return hard + (g - g.detach())
@@ -141,8 +141,8 @@ def hard_weight(g: Tensor) -> Tensor:
 # --- Dynamic inference: one example -------------------------------------------------------------
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum_c p_c ln p_c of p = softmax(logits), in nats: (..., C) -> (...). 0 is certain, ln C is
-    a guess (SmartBert.py:174-176)."""
+    """-sum_c p_c ln p_c in nats, p = softmax(logits) (SmartBert.py:173-174): (..., C) -> (...).
+    0 means certain; ln C means all classes are equally likely."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -151,27 +151,27 @@ def entropy(logits: Tensor) -> Tensor:
 def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: float,
               skip: bool = True) -> tuple[Tensor, list[int], int]:
     """SmartBERT as the paper describes it: one example, one layer after another
-    (SmartBert.py:160-183).
+    (SmartBert.py:157-181).
 
     ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
     Returns logits (1, C), the layers that ran and the layer of the exit, counted from 1.
     """
     L, ran = len(model.bert.layers), []
     h = model.bert.embeddings(ids, segment_ids)                             # h_0 (1, S, H)
-    for i in range(L):
-        # Skipping gate: g_i = sigmoid(w a + b) is the probability of skipping layer i.
-        # Hard weight: h_i = h_{i-1} where g_i >= 1/2; then there is nothing to compute.
-        if skip and model.gates[i](h, None) >= 0.5:
+    parts = zip(model.gates, model.bert.layers, model.heads)
+    for i, (gate, layer, head) in enumerate(parts, start=1):                # i as in the paper
+        # Skipping gate: g_i, the probability of skipping layer i.
+        # Hard weight: where g_i >= 1/2, h_i = h_{i-1} and nothing is computed.
+        if skip and gate(h, None) >= 0.5:
             continue
-        h = model.bert.layers[i](h, None)                             # h_i = layer_i(h_{i-1})
-        ran.append(i + 1)
-        if i == L - 1:
-            break
-        # Exit head: stop where the entropy of its answer is below the threshold.
-        logits, _ = model.heads[i](h, None)                                 # (1, C)
-        if entropy(logits) < threshold:
-            return logits, ran, i + 1
-    # No early exit: the last head answers, also where the last layer was skipped.
+        h = layer(h, None)                                            # h_i = layer_i(h_{i-1})
+        ran.append(i)
+        # Exit head: stop if the entropy of its prediction is below the threshold.
+        if i < L:
+            logits, _ = head(h, None)                                       # (1, C)
+            if entropy(logits) < threshold:
+                return logits, ran, i
+    # No early exit: the last head answers, even if the last layer was skipped.
     logits, _ = model.heads[-1](h, None)
     return logits, ran, L
 
@@ -179,15 +179,14 @@ def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: flo
 # --- Cross-layer contrast -----------------------------------------------------------------------
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """The loss of finding a token of one layer among the tokens of the next
-    (SmartBert.py:112-122).
+    """The contrastive loss (InfoNCE) of tokens in two neighbouring layers (SmartBert.py:112-122).
 
         contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] )
         s[t,t']  = exp( cos(u_t, v_t') / tau )
 
-    u, v (B, S, W): the tokens of two neighbouring layers, projected. mask (B, S): padding is
-    neither a token to be found nor a negative (the release counts it: deviation 1). Returns a
-    scalar.
+    u, v (B, S, W): the projected tokens of layer i and layer i+1. Positive: the same token in the
+    other layer. Negatives: the other tokens of the same example there. mask (B, S): padding is
+    neither an anchor nor a negative (in the release it is both: deviation 1). Returns a scalar.
     """
     log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
@@ -199,38 +198,42 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 
 def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
                   depth: int | None = None) -> tuple:
-    """Run all layers, or layers[:depth], and mix each output with its input (SmartBert.py:91-103).
+    """Run the first `depth` layers (default: all) and mix each output with its input.
 
-        h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
+        h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}              (SmartBert.py:91-103)
 
-    A skipped layer runs here too: its gate learns from what the layer would have changed.
-    Returns inputs [h_0 .. h_{L-1}], raw outputs [layer_i(h_{i-1})], h_L (each (B, S, H)),
-    soft gates (B, L) and the gates as they were used (B, L).
+    In training, skipped layers are computed too: the gradient of g_i needs layer_i(h_{i-1}).
+    With d layers run, returns the inputs [h_0 .. h_{d-1}], the raw outputs [layer_i(h_{i-1})] and
+    h_d (each (B, S, H)), then the soft gates and the gates as used (each (B, d)).
     """
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
+        output = layer(h, m)                                                # (B, S, H)
+        g_soft = gate(h, m)                                                 # (B,)
+        g = hard_weight(g_soft) if hard else g_soft
         inputs.append(h)
-        outputs.append(layer(h, m))
-        soft.append(gate(h, m))                                             # (B,)
-        used.append(hard_weight(soft[-1]) if hard else soft[-1])
-        g = used[-1][:, None, None]                                         # (B, 1, 1)
-        h = (1 - g) * outputs[-1] + g * h
+        outputs.append(output)
+        soft.append(g_soft)
+        used.append(g)
+        g = g[:, None, None]                                                # (B, 1, 1)
+        h = (1 - g) * output + g * h
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
 
 def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1.0,
                  budget_weight: float = 0.0) -> Tensor:
-    """What makes the gates skip. soft gates and gates as used, each (B, L) -> a scalar.
+    """The loss that makes the gates skip: the paper's penalty if lam > 0, else our budget.
 
-        paper:  lambda / sum_i mean_batch(g_i)        smaller with more skipping (SmartBert.py:110)
-        ours:   weight * max(0, share of layers run - budget)^2     0 within the budget
+        paper:   lam / sum_i mean_batch(g_i)                            (SmartBert.py:96, 110)
+        budget:  budget_weight * max(0, mean(1 - g) - budget)^2         0 within the budget
 
-    The paper's sum stays soft when the gates are hard (SmartBert.py:96); ours counts what runs.
+    soft, used: the gates (B, L) before and after the hard weight. The paper's sum uses the soft
+    gates even when hard gates are used; ours uses the gates as used. Returns a scalar.
     """
-    paper = lam / soft.mean(0).sum() if lam else soft.new_zeros(())
-    ours = budget_weight * F.relu((1 - used).mean() - budget) ** 2
-    return paper + ours
+    if lam:
+        return lam / soft.mean(0).sum()
+    return budget_weight * F.relu((1 - used).mean() - budget) ** 2
 
 
 @dataclass
@@ -247,20 +250,20 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 *, hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    (SmartBert.py:105-123.) u_i = project_i(h_{i-1}): the contrast sees what enters the layers, L -
-    1 pairs of neighbours, and is their sum. penalty: lam, budget, budget_weight of `skip_penalty`.
-    ids, segment_ids, mask (B, S), labels (B,).
+    (SmartBert.py:89-122.) i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the
+    inputs of neighbouring layers, summed over the L-1 pairs. penalty: keyword arguments of
+    `skip_penalty`. ids, segment_ids, mask (B, S), labels (B,).
     """
     inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard)
     logits, _ = model.heads[-1](h, mask_or_none(mask))
     task = F.cross_entropy(logits, labels)
-    penalised = skip_penalty(soft, used, **penalty)
-    contrasted = task.new_zeros(())
+    penalty_loss = skip_penalty(soft, used, **penalty)
+    contrast_loss = task.new_zeros(())
     if eta1:
         u = [project(x) for project, x in zip(model.projections, inputs)]   # L tensors (B, S, W)
-        contrasted = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
-    loss = (1 - eta1) * (task + penalised) + eta1 * contrasted
-    return Phase1(loss, task, penalised, contrasted, 1 - used)
+        contrast_loss = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
+    loss = (1 - eta1) * (task + penalty_loss) + eta1 * contrast_loss
+    return Phase1(loss, task, penalty_loss, contrast_loss, 1 - used)
 
 
 # --- Phase 2: the exit heads --------------------------------------------------------------------
@@ -269,29 +272,33 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 *, eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    (SmartBert.py:125-155.) For heads 1 .. L-1; u_i = project_i(z_i), the tokens as head i has
-    shrunk them. Unlike phase 1's, this contrast is a mean over pairs. The path is the hard-gated
-    one and all but these heads is frozen. Each head sees the raw output of its layer, even where
-    it was skipped. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
+    (SmartBert.py:125-154; README, deviations 2, 3, 5.) i runs over heads 1 .. L-1, and
+    u_i = project_i(z_i), where z_i are the tokens after head i's own W_in. Only these heads are
+    trained; the encoder, the gates and the last head are frozen. The hidden states follow the hard
+    gates, but head i always reads layer_i(h_{i-1}), even where the gate skips layer i.
+    ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
     """
+    last = len(model.heads) - 1
     with torch.no_grad():
-        _, outputs, _, _, _ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=-1)
+        _, outputs, *_ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last)
     m = mask_or_none(mask)
-    results = [head(h, m) for head, h in zip(model.heads[:-1], outputs)]
-    task = sum(F.cross_entropy(logits, labels) for logits, _ in results)
-    if not eta2 or len(results) < 2:
+    task, u = 0.0, []
+    for head, output in zip(model.heads[:last], outputs):
+        logits, z = head(output, m)                                         # (B, C), (B, S, W)
+        task = task + F.cross_entropy(logits, labels)
+        u.append(head.project(z))                                           # (B, S, W)
+    if not eta2 or last < 2:
         return (1 - eta2) * task
-    u = [head.project(z) for head, (_, z) in zip(model.heads, results)]     # each (B, S, W)
-    contrasted = sum(contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])) / (len(u) - 1)
-    return (1 - eta2) * task + eta2 * contrasted
+    pairs = [contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])]
+    return (1 - eta2) * task + eta2 * (sum(pairs) / len(pairs))
 
 
 # --- Exit criteria ------------------------------------------------------------------------------
 
-# An exit criterion decides for the n rows that have just met head i. It gets history (n, i, C),
-# the logits of heads 1 .. i, with NaN where a row skipped the layer (never at head i itself), and
-# rows (n,), their places in the pool. It returns (n,) bool: True exits. SmartBERT's is the
-# entropy.
+# An exit criterion decides, right after head i, which of the n rows that reached it exit. Its
+# arguments are history (n, i, C), the logits of heads 1 .. i (NaN where a row skipped that layer;
+# never at head i), and rows (n,), the indices of these rows in the pool. It returns (n,) bool.
+# SmartBERT's criterion is the entropy.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -306,29 +313,30 @@ def probability_above(threshold: float) -> Criterion:
 
 
 def patience(times: int) -> Criterion:
-    """Exit when `times` heads in a row have repeated their predecessor's answer (PABEE, Zhou et
-    al. 2020). The head of a skipped layer does not count."""
+    """Exit when `times` consecutive heads agree with the head before them (PABEE, Zhou et al.
+    2020). Heads of skipped layers are ignored."""
     def criterion(history: Tensor, rows: Tensor) -> Tensor:
-        agreed = torch.zeros(len(history), dtype=torch.long, device=history.device)
-        last = torch.full_like(agreed, -1)
+        repeats = torch.zeros(len(history), dtype=torch.long, device=history.device)    # (n,)
+        last = torch.full_like(repeats, -1)                                 # no answer yet
         for logits in history.unbind(1):                                    # layer by layer (n, C)
-            met, answer = ~logits[:, 0].isnan(), logits.argmax(-1)
-            agreed = torch.where(met, torch.where(answer == last, agreed + 1, 0), agreed)
-            last = torch.where(met, answer, last)
-        return agreed >= times
+            asked, answer = ~logits[:, 0].isnan(), logits.argmax(-1)
+            counted = torch.where(answer == last, repeats + 1, 0)
+            repeats = torch.where(asked, counted, repeats)
+            last = torch.where(asked, answer, last)
+        return repeats >= times
     return criterion
 
 
 def fixed_layer(layer: int) -> Criterion:
-    """Every row exits at the first head from this layer (from 1) on: a shallower BERT. It would
-    not ask the heads before; whoever compares costs leaves those out (eval.measure)."""
+    """Exit at head `layer` (from 1), or at the next head if that layer was skipped: a shallower
+    BERT. Such a BERT has no earlier heads, so eval.measure does not count their cost."""
     return lambda history, rows: torch.full_like(rows, history.shape[1] >= layer, dtype=torch.bool)
 
 
 def first_correct(labels: Tensor) -> Criterion:
-    """The oracle: exit at the first head that is right. It sees the labels (N,) of the pool, so it
-    is not a method but a bound: no criterion over these heads is right more often. Where no head
-    is right it runs to the end, so its cost is not a bound."""
+    """The oracle: exit at the first correct head. It uses the labels (N,) of the pool, so it is
+    not a method but an upper bound: no criterion on these heads has a higher accuracy. It is no
+    bound on cost, because a row without a correct head runs to the end."""
     return lambda history, rows: history[:, -1].argmax(-1) == labels[rows]
 
 
@@ -345,39 +353,38 @@ class Outcome:
 
 
 def full_batches(rows: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tuple]:
-    """Cut rows (n,) of a pool into batches of at most batch_tokens tokens, padding included, or of
-    one row. mask (N, S). Yields a batch's rows, the length s of the longest and the mask."""
+    """Split rows (n,) of a pool into batches of at most batch_tokens tokens (padding counts), but
+    at least one row each. mask (N, S). Yields the rows of a batch, the length s of its longest row
+    and its mask (rows, s), or None if the batch has no padding."""
     lengths = mask[rows].sum(1).tolist()
     start, s = 0, 0
-    for end in range(len(lengths) + 1):
-        full = end == len(lengths) or max(s, lengths[end]) * (end - start + 1) > batch_tokens
-        if full and end > start:
+    for end, length in enumerate([*lengths, torch.inf]):        # infinity closes the last batch
+        if end > start and max(s, length) * (end - start + 1) > batch_tokens:
             batch = rows[start:end]
             yield batch, s, mask_or_none(mask[batch, :s])
             start, s = end, 0
-        if end < len(lengths):
-            s = max(s, lengths[end])
+        s = max(s, length)
 
 
 @torch.inference_mode()
 def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, skip: bool = True,
           criterion: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
-    """`infer_one` for a whole pool: each layer computes only the rows that run it.
+    """`infer_one` for a pool of N examples: each layer computes only the rows that run it.
 
-    A batch shrinks as its rows skip layers and exit, and a batch of two or three rows wastes the
-    processor. So the rows of a pool wait before a layer, and those that run it pass in full
+    If a batch stayed together, it would shrink as rows skip and exit, and tiny batches use the
+    hardware badly. So at every layer, all rows of the pool that run it are split into new, full
     batches of similar length.
 
-    ids, segment_ids, mask (N, S), best sorted by length. skip: ask the gates. criterion: asked
-    after every layer that ran but the last; None: no exits. A row that never exits takes the last
-    head, even where it skipped the last layer. The model must be in eval mode.
+    ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. criterion: the
+    exit criterion, applied after each layer that ran, except layer L; None: no early exit. A row
+    without early exit uses the last head, even if it skipped layer L. Needs eval mode.
     """
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)
     exits = torch.full((N,), L, device=device)
     gates = torch.full((N, L), torch.nan, device=device)
     history = torch.full((N, L, C), torch.nan, device=device)
-    # Zeros in the padding: attention gives it no weight, but 0 * NaN would still be NaN.
+    # zeros, not empty: padding has attention weight 0, but 0 * NaN is NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     waiting = torch.arange(N, device=device)
@@ -399,7 +406,8 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         waiting = waiting[exits[waiting] == L]
     for rows, s, m in full_batches(waiting, mask, batch_tokens):            # no early exit
         history[rows, -1] = model.heads[-1](h[rows, :s], m)[0].float()
-    return Outcome(history[torch.arange(N, device=device), exits - 1], ran, exits, gates, history)
+    logits = history[torch.arange(N, device=device), exits - 1]             # (N, C)
+    return Outcome(logits, ran, exits, gates, history)
 
 
 # --- Cost ---------------------------------------------------------------------------------------
@@ -414,13 +422,17 @@ def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
 
 
 def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
-    """FLOPs of one gate or one exit head, (N,) -> (N,): shrink the tokens, their keys and values,
-    one query and its attention, the output."""
+    """FLOPs of one gate or one exit head on an input of S = tokens real tokens, (N,) -> (N,).
+
+        2 S H W + 4 S W^2      W_in; keys and values
+        2 W^2 + 4 S W          the query of [CLS]; its scores and weighted sum
+        2 W                    output of a gate
+        2 W^2 + 2 W C          hidden layer and output of a head
+    """
     W, H = module.body.inner.weight.shape
-    outputs = 2 * W * module.out.out_features
-    if isinstance(module, ExitHead):
-        outputs += 2 * W * W
-    return 2 * tokens * (H * W + 2 * W * W) + 2 * W * W + 4 * tokens * W + outputs
+    body = 2 * tokens * H * W + 4 * tokens * W * W + 2 * W * W + 4 * tokens * W
+    hidden = 2 * W * W if isinstance(module, ExitHead) else 0
+    return body + hidden + 2 * W * module.out.out_features
 
 
 def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:

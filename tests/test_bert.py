@@ -119,7 +119,7 @@ def test_every_tensor_is_accounted_for(tmp_path):
             lambda f: (f / "pytorch_model.bin").write_bytes(b"Repository not found"),
             "not a PyTorch file",
         ),
-        (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no table of tensors"),
+        (lambda f: torch.save([1, 2], f / "pytorch_model.bin"), "no dict of tensors"),
         (
             lambda f: (f / "config.json").write_text(
                 json.dumps(CONFIG | {"model_type": "roberta"})

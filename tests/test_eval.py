@@ -203,12 +203,7 @@ def test_a_target_out_of_reach_is_said(finished, capsys):
 def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
     """--predict answers in the order of the lines, each as if it were alone; bad lines are refused
     by number."""
-    lines = [
-        "the cat is not very kind",
-        "the dog is rude",
-        "the king is not not truly loyal",
-        "the bear is kind",
-    ] * 3
+    lines = ["cat coin b ab", "dog ring a", "king pea c ab ac", "bear coin b"] * 3
     path = tmp_path / "text"
 
     def answers(text: str, source) -> str:
@@ -225,7 +220,7 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
         ids = torch.tensor([tokenizer.encode(line).ids])
         outcome = infer(model, ids, torch.zeros_like(ids), ids > 0, criterion=entropy_below(0.5))
         p = outcome.logits[0].softmax(0)
-        wanted += f"{('bad', 'good')[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
+        wanted += f"{'abc'[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
     assert answers("\n".join(lines) + "\n", path) == answers("\n".join(lines), "-") == wanted
     for text, source, words in (
         ("a\n\nb\n", "-", "example 2"),
@@ -287,7 +282,7 @@ def test_trace_tells_what_happened():
 
 def test_trace_from_the_command_line(finished, capsys):
     evaluation.main(
-        [str(finished), "--trace", "the cat is not kind", "--thresholds", "0.1", "--device", "cpu"]
+        [str(finished), "--trace", "cat coin b ab", "--thresholds", "0.1", "--device", "cpu"]
     )
     printed = capsys.readouterr().out
     assert "both at threshold 0.1" in printed and "\033" not in printed
@@ -310,7 +305,7 @@ def test_a_damaged_last_evaluation_is_said(finished, tmp_path, capsys, content):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "eval.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(tmp_path / "run"), "--trace", "the cat is kind", "--device", "cpu"])
+        evaluation.main([str(tmp_path / "run"), "--trace", "cat coin b", "--device", "cpu"])
     assert stop.value.code == 2 and "eval.json is damaged" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import eval as evaluation
 import train
@@ -136,6 +137,37 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
     refused(evaluation.main, [out], "model.pt")
 
 
+@pytest.mark.parametrize(
+    "more, starts",
+    [
+        ({}, (0, 40)),
+        ({"method": "bert"}, (0,)),
+        ({"no_skipping": True}, (0,)),
+        ({"penalty_start": 0.0}, (0,)),
+    ],
+)
+def test_learning_rates_rise_and_fall_for_the_task_and_then_for_the_gates(more, starts):
+    """A part begins low and ends low, with one peak in it; the gates' rate is 0 in the task's
+    part."""
+    settings = train.Settings(**{"lr": 1e-4, "penalty_start": 0.4, "warmup": 0.1} | more)
+    optimizer = train.make_optimizer(tiny_model(), settings, 1)
+    encoder, gates = [], []
+    for step in range(100):
+        train.set_rates(optimizer, settings, step, 100)
+        encoder.append(optimizer.param_groups[0]["lr"])
+        gates += [group["lr"] for group in optimizer.param_groups[-1:] if group["gates"]]
+    for start, end in zip(starts, (*starts[1:], 100)):
+        part, peak = encoder[start:end], max(encoder[start:end])
+        assert peak == pytest.approx(settings.lr) and part.index(peak) == round(
+            0.1 * (end - start)
+        )
+        assert 0 < part[0] <= peak / 3 and 0 < part[-1] < peak / 30
+    if len(starts) == 2:
+        assert not any(gates[:40]) and gates[40:] == pytest.approx(
+            [rate * 10 for rate in encoder[40:]]
+        )
+
+
 def test_evaluation_writes_what_it_prints(finished, capsys):
     """eval.json holds every row of the table; layers, FLOPs and exits agree with each other."""
     evaluation.main(
@@ -143,24 +175,24 @@ def test_evaluation_writes_what_it_prints(finished, capsys):
     )
     printed = capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
-    assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 1000)
+    assert (result["task"], result["metric"], result["examples"]) == ("toy", "accuracy", 900)
     assert [row["mode"] for row in result["rows"]] == ["plain", "skip"] + ["exit"] * 3 + [
         "both"
     ] * 3
     for row in result["rows"]:
-        assert sum(row["exit_histogram"]) == 1000 and len(row["skip_rate"]) == 6
-        assert sum(level["examples"] for level in row["levels"]) == 1000
+        assert sum(row["exit_histogram"]) == 900 and len(row["skip_rate"]) == 6
+        assert sum(level["examples"] for level in row["levels"]) == 900
         assert row["score"] == pytest.approx(
-            sum(l["accuracy"] for l in row["levels"]) / 4, abs=1e-6
+            sum(l["accuracy"] for l in row["levels"]) / 3, abs=1e-6
         )
         assert row["layers"] == pytest.approx(
-            sum(l["layers"] for l in row["levels"]) / 4, abs=1e-5
+            sum(l["layers"] for l in row["levels"]) / 3, abs=1e-5
         )
         assert row["seconds"] > 0 and f"{row['flops']:.3f}" in printed
     plain = result["rows"][0]
     assert (plain["flops"], plain["layers"], plain["threshold"]) == (1.0, 6.0, None)
     everybody = next(r for r in result["rows"] if r["mode"] == "exit" and r["threshold"] == 9)
-    assert everybody["exit_histogram"] == [1000, 0, 0, 0, 0, 0] and everybody["layers"] == 1
+    assert everybody["exit_histogram"] == [900, 0, 0, 0, 0, 0] and everybody["layers"] == 1
     assert "warning: at threshold 9 every example exits at layer 1" in printed
 
 
@@ -454,7 +486,9 @@ def test_an_interrupt_while_importing_is_quiet(tmp_path, script):
     """Ctrl-C before the program has begun: no page of traceback."""
     (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     result = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True,
+        [sys.executable, str(ROOT / script), "--help"],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert result.returncode in (-signal.SIGINT, 130) and not result.stderr
