@@ -5,9 +5,9 @@ Inference", IJCAI 2023. Every layer gets two small modules. A *skipping gate* re
 layer and decides whether this example runs it. An *exit head* reads what leaves the layer and
 decides whether the answer is already certain.
 
-This file follows the paper: gate and exit head, hard weight, inference of one example, contrast,
-the losses of the two training phases, inference of many examples, cost. "Release" means the
-authors' code (github HuBoren99/SmartBert); SmartBert.py:98 is a line of its models/SmartBert.py.
+The order: gate and exit head, hard weight, inference for one example, contrast, losses of the two
+training phases, exit criteria, inference for many examples, cost. "Release" means the authors'
+code (github HuBoren99/SmartBert); SmartBert.py:98 means line 98 of its models/SmartBert.py.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
 C classes, N rows of a pool (the examples that one call of `infer` gets), n some of these rows.
@@ -250,7 +250,7 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 *, hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    (SmartBert.py:89-122.) i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the
+    (SmartBert.py:108-122.) i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the
     inputs of neighbouring layers, summed over the L-1 pairs. penalty: keyword arguments of
     `skip_penalty`. ids, segment_ids, mask (B, S), labels (B,).
     """
