@@ -159,6 +159,7 @@ def load_encoder(settings: Settings, folder: Path | None, vocabulary: int) -> Be
                "attention_probs_dropout_prob": settings.dropout}
     if folder is None:
         # With BERT's deviation of 0.02 so narrow a model stays at chance; 1 / sqrt(H) trains.
+        # The inner layer is narrow too, or one layer learns both of the toy's steps by heart.
         return Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
                                num_attention_heads=4, intermediate_size=128,
                                max_position_embeddings=128, initializer_range=64**-0.5, **dropout))
