@@ -506,11 +506,11 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
         level 1:  king coin b ab         -> a
         level 2:  king coin b ab ac      -> c
 
-    What a swap does depends on where the swap before left the thing: in principle level k needs
-    k + 1 layers, though a wide layer may learn the few cases of two steps by heart. One swap leads from every cup
-    to each cup, so no single word tells the answer, and no sum of word scores does. At each level
-    the labels are equally many. In the dev set the levels are equally many; in training half of
-    the sentences are of level 2, which is learned last. No sentence occurs twice.
+    What a swap does depends on where the swap before left the thing: in principle level k needs k
+    + 1 layers, though a wide layer may learn the few cases of two steps by heart. One swap leads
+    from every cup to each cup, so no single word tells the answer, and no sum of word scores does.
+    At each level the labels are equally many. In the dev set the levels are equally many; in
+    training half of the sentences are of level 2, which is learned last. No sentence occurs twice.
     """
     rng, rows = random.Random(seed), {}                 # text -> label, level
     while len(rows) < train + dev:                      # the training rows, then the dev rows
