@@ -30,8 +30,8 @@ from tqdm import tqdm
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
 LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
-MOST_HELD = 2000            # rows held out at most: more would judge no better, and cost more
-CHUNK = 10_000              # texts encoded at a time: the tokenizer's own objects are large
+MOST_HELD = 2000            # held-out rows at most: more would select no better
+CHUNK = 10_000              # texts encoded at a time, to save memory
 
 
 class UserError(ValueError):
@@ -47,10 +47,10 @@ class Task:
     folder: str                                 # GLUE's folder
     columns: tuple = ("sentence1", "sentence2", "label")    # text, second text (or None), label
     labels: tuple[str, ...] = ("0", "1")        # as in the files; the position is the class id
-    metrics: tuple[str, ...] = ("accuracy",)    # the first is the one that is compared
+    metrics: tuple[str, ...] = ("accuracy",)    # the first is the main one
     devs: tuple[str, ...] = ("dev",)
     archive: str = ""                           # the zip under GLUE_URL; MRPC has none
-    header: tuple[str, ...] = ()                # of files that have no header line of their own
+    header: tuple[str, ...] = ()                # column names of a file without a header line
 
 
 ENTAILMENT = ("entailment", "not_entailment")
@@ -175,34 +175,10 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     return Split(texts, labels, partial=path == part)
 
 
-# --- The held-out part --------------------------------------------------------------------------
-
-def digest(split: Split) -> str:
-    """SHA-256 of the texts and labels of a split, in their order: it identifies the examples."""
-    sha = hashlib.sha256()
-    for example in zip(split.texts, split.labels):
-        sha.update(repr(example).encode("utf-8", "surrogatepass"))
-    return sha.hexdigest()
-
-
-def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
-    """(the rest, the held-out part), both in the order of the split. A share (0..1) of each class
-    is drawn by seed; of a large split less, about MOST_HELD rows in all. Raises UserError."""
-    share = min(share, MOST_HELD / max(len(split), 1))
-    rng, held = random.Random(seed), set()
-    for label in sorted(set(split.labels)):
-        members = [i for i, other in enumerate(split.labels) if other == label]
-        held.update(rng.sample(members, round(share * len(members))))
-    if len(held) == len(split):
-        raise UserError(f"nothing is left to train on: a share of {share} holds out all "
-                        f"{len(split)} examples, use a smaller share or more examples")
-    rest = [i for i in range(len(split)) if i not in held]
-    return split.select(rest), split.select(sorted(held))
-
-
 def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
-    """The user's own examples, without labels: a text, or the two of a pair; or from a file (- is
-    standard input) a line each, the two of a pair with a tab between them. Raises UserError."""
+    """The user's own examples, without labels: one text or pair from the command line, or one for
+    each line of a file (- is standard input), with a tab between the two texts of a pair. Raises
+    UserError."""
     if texts:
         lines = ["\t".join(texts)]
     else:
@@ -221,7 +197,32 @@ def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split
     return Split(examples, [0] * len(examples))
 
 
-# --- Download -----------------------------------------------------------------------------------
+# --- The held-out part --------------------------------------------------------------------------
+
+def digest(split: Split) -> str:
+    """SHA-256 of the texts and labels of a split, in their order: it identifies the examples."""
+    sha = hashlib.sha256()
+    for example in zip(split.texts, split.labels):
+        sha.update(repr(example).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
+
+
+def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
+    """(training part, held-out part), both in the order of the split. A share (0..1) of each class
+    is drawn at random, at most about MOST_HELD rows in all. Raises UserError."""
+    share = min(share, MOST_HELD / max(len(split), 1))
+    rng, held = random.Random(seed), set()
+    for label in sorted(set(split.labels)):
+        members = [i for i, other in enumerate(split.labels) if other == label]
+        held.update(rng.sample(members, round(share * len(members))))
+    if len(held) == len(split):
+        raise UserError(f"nothing is left to train on: a share of {share} holds out all "
+                        f"{len(split)} examples, use a smaller share or more examples")
+    rest = [i for i in range(len(split)) if i not in held]
+    return split.select(rest), split.select(sorted(held))
+
+
+# --- Files and downloads ------------------------------------------------------------------------
 
 def cache_dir(folder: str | Path | None = None) -> Path:
     """The argument, else SMARTBERT_CACHE, else smartbert/ in the user's cache directory."""
@@ -441,7 +442,8 @@ def collate(split: Split, indices: list[int]) -> Batch:
 
 
 def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
-    """The positions of the examples of each batch. Similar lengths go together: little is padded.
+    """The positions of the examples of each batch. Similar lengths go together, for little
+    padding.
 
     Without a seed all are sorted by length, for evaluation. With a seed they are shuffled, sorted
     only within pools of 50 batches, and the batches are shuffled again, for training.

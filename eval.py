@@ -10,9 +10,9 @@ There are four inference modes: *plain* (every layer and the last head), *skip* 
 *exit* (exits only) and *both*. Thresholds are chosen on the held-out part of the training set.
 FLOPs are counted on real tokens, with gates and heads. Seconds are the median of several passes.
 
-A gate does not know the threshold, and an exit only cuts a walk short. So two walks over a split,
-one with gates and one without, with every head asked and no exits, hold the outcome of every
-threshold.
+Gates do not depend on the threshold, and an exit only ends a row's computation early. So two
+passes over a split, with and without gates, evaluate all heads and never exit. The results at
+every threshold follow from these two passes.
 """
 
 import argparse
@@ -82,11 +82,11 @@ class Row(OperatingPoint):
     flops: float                    # share of plain's
     seconds: float = 0.0            # for the whole split
     skip_rate: list[float]          # of the rows that reached layer i, the share that skipped it
-    exit_histogram: list[int]       # rows that exited at layer i; the last counts all at the end
+    exit_histogram: list[int]       # rows that exit after layer i; last: without early exit
     levels: list[dict] | None       # of the toy: examples, accuracy, layers of each level
     held_out: float | None = None   # the score on the held-out part of the training set
     held_out_flops: float | None = None     # share of plain's FLOPs there
-    chosen: bool = False            # the one that `choose` takes of its mode
+    chosen: bool = False            # whether `choose` selected this row
 
 
 def never(history: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -105,8 +105,8 @@ def walk(model: SmartBert, split: Split, points: list[OperatingPoint]) -> dict[b
 def cut(walked: Outcome, criterion: Criterion | None) -> Outcome:
     """The outcome that `infer` gives with this exit criterion, from a walk without exits.
 
-    The criterion is asked where `infer` asks it: after each layer but the last that a row ran.
-    What comes after a row's exit is forgotten. criterion None: only the last head was asked.
+    The criterion decides after each layer that a row ran, except the last. Everything after the
+    exit becomes NaN. criterion None: only the last head answers.
     """
     N, L = walked.ran.shape
     exits, inside = torch.full((N,), L), torch.ones(N, dtype=torch.bool)
@@ -142,18 +142,19 @@ def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcom
     reached = outcome.exit[:, None] >= torch.arange(1, L + 1)               # (N, L)
     skipped = (reached & ~outcome.ran).sum(0) / reached.sum(0).clamp(min=1)
     right = (answers == torch.tensor(split.labels)).float()                 # (N,)
-    level = torch.tensor(split.levels or [])                                # (N,) or empty
-    levels = [{"level": k, "examples": int((level == k).sum()),
-               "accuracy": right[level == k].mean().item(),
-               "layers": layers[level == k].mean().item()} for k in level.unique().tolist()]
+    level, levels = torch.tensor(split.levels or []), []                    # (N,) or empty
+    for k in level.unique().tolist():
+        of = level == k
+        levels.append({"level": k, "examples": of.sum().item(),
+                       "accuracy": right[of].mean().item(), "layers": layers[of].mean().item()})
     return Row(**vars(point), score=scores[task.metrics[0]], scores=scores,
                layers=layers.mean().item(), flops=share.item(), skip_rate=skipped.tolist(),
                exit_histogram=outcome.exit.bincount(minlength=L + 1)[1:].tolist(), levels=levels)
 
 
 def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None:
-    """Fill in each row's seconds: real dynamic inference, the median of `repeats` passes that
-    collect nothing, all rows in turn, after one pass to warm up."""
+    """Fill in each row's seconds: the median of `repeats` timed passes of real dynamic inference,
+    after one warm-up pass. All rows take turns in each pass."""
     device = next(model.parameters()).device
     batches = train.pools(split, device)
 
@@ -165,9 +166,10 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    rounds = [[seconds(row) for row in rows] for _ in range(repeats + 1 if repeats else 0)]
-    for row, times in zip(rows, zip(*rounds[1:])):
-        row.seconds = statistics.median(times)
+    if repeats:
+        rounds = [[seconds(row) for row in rows] for _ in range(1 + repeats)]
+        for row, times in zip(rows, zip(*rounds[1:])):
+            row.seconds = statistics.median(times)
 
 
 # --- The choice of a threshold ------------------------------------------------------------------
@@ -190,12 +192,12 @@ def fine_grid(walks: dict[bool, Outcome], points: list[OperatingPoint]) -> list[
 
 
 def choose(rows: list[Row], max_drop: float = MAX_DROP, speedup: float | None = None) -> None:
-    """Mark the row of each mode to take, by its figures on held-out data. Without such data, or
-    where every score there is 0 (too few examples for F1 or Matthews), none is marked.
+    """Mark one row of each mode by its held-out figures; none without held-out data or where every
+    score there is 0 (too few examples for F1 or Matthews).
 
-    Without a target: the cheapest row whose exits lose at most max_drop points (exit against
-    plain, both against skip), or the best where all lose more. With a target speed-up in FLOPs:
-    the row that reaches it most narrowly, or the cheapest where none does.
+    Without a target: the cheapest row that loses at most max_drop points, compared with the same
+    mode without exits; else the best. With a target speed-up in FLOPs: the row with the most FLOPs
+    that still reaches it, else the cheapest.
     """
     if any(row.held_out is None for row in rows) or not any(row.held_out for row in rows):
         return
@@ -214,8 +216,8 @@ def choose(rows: list[Row], max_drop: float = MAX_DROP, speedup: float | None = 
             row.chosen = row is chosen
 
 
-def judge(model: SmartBert, held: Split, task: Task, points: list[OperatingPoint],
-          arguments: argparse.Namespace) -> list[Row]:
+def measure_held_out(model: SmartBert, held: Split, task: Task, points: list[OperatingPoint],
+                     arguments: argparse.Namespace) -> list[Row]:
     """The points measured on the held-out part, the one that `choose` takes of each mode marked.
     Where the user named no thresholds it chooses from a fine grid, and its choice joins the
     points."""
@@ -269,10 +271,11 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
     exits = [row for row in rows if row.mode == "exit"]
     for row in rows:
         if row.mode == "skip" and not any(row.skip_rate):
-            yield "no layer is ever skipped: the gates learned nothing, or nothing was asked"
+            yield "no layer is ever skipped: the gates learned nothing, or the budget is 1"
         elif row.mode == "skip" and set(row.skip_rate) <= {0, 1}:
             yield "every example skips the same layers: the gates became a smaller fixed BERT"
-        if speedup and row.threshold and row.chosen and row.held_out_flops > 1 / speedup:
+        starred = row.chosen and row.threshold is not None
+        if speedup and starred and row.held_out_flops > 1 / speedup:
             yield (f"{row.mode}: no threshold reaches --target-speedup {speedup:g}; the cheapest"
                    f" is taken, at {1 / row.held_out_flops:.2f}x in FLOPs")
     for row in exits:
@@ -288,7 +291,8 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
                "hold out more of them")
     poor = [str(row) for row in rows if row.score <= majority]
     if poor:
-        names = "all rows" if len(poor) == len(rows) else ", ".join(poor)
+        shown = ", ".join(poor[:3]) + ", ..." * (len(poor) > 3)
+        names = "all rows" if len(poor) == len(rows) else shown
         yield f"no better than always answering the majority class ({majority:.3f}): {names}"
 
 
@@ -345,9 +349,12 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome,
         asked, met = not g.isnan(), not logits[0].isnan()
         cost = cost + asked * gate + ran * layer + met * head
         bar = f"{g:.3f} {'#' * round(10 * g.item())}" if asked else ""
-        what = "ran" if ran else "skipped" if i < outcome.exit[0] else "not reached"
-        if i == outcome.exit[0]:
-            what = "ran, exited" if i < L else "ran" if ran else "skipped"
+        if i > outcome.exit[0]:
+            what = "not reached"
+        elif not ran:
+            what = "skipped"
+        else:
+            what = "ran, exited" if i == outcome.exit[0] and i < L else "ran"
         answer, share = "", ""
         if met:
             name, p = labels[logits.argmax()], logits.softmax(0).max()
@@ -361,8 +368,8 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome,
 
 
 def last_choice(folder: Path, points: list[OperatingPoint]) -> OperatingPoint:
-    """In the fullest mode of a run, the point that its last evaluation chose, else the strictest.
-    Raises UserError."""
+    """The point that the last evaluation chose in the run's last mode, else that mode's first
+    point. Raises UserError."""
     path, mode = folder / "eval.json", points[-1].mode
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
@@ -378,9 +385,10 @@ def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert)
     """--trace, --trace-examples and --predict. Raises UserError."""
     folder, task = Path(arguments.run), data.find_task(settings["task"])
     points = plan(arguments, settings, len(task.labels))
-    point = points[-1] if arguments.thresholds else last_choice(folder, points)
-    if arguments.thresholds and point.threshold is not None:
-        point.threshold = arguments.thresholds[0]
+    if arguments.thresholds:
+        point = next(point for point in points if point.mode == points[-1].mode)
+    else:
+        point = last_choice(folder, points)
     tokenizer, n = data.load_tokenizer(folder), arguments.trace_examples
     if n:
         split = data.load_task(task.name, arguments.data_dir or settings["data_dir"],
@@ -390,8 +398,8 @@ def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert)
     split = data.encode(tokenizer, split, settings["max_length"])
     unknown = sum(tokenizer.token_to_id("[UNK]") in ids for ids in split.ids)
     if unknown and not n:
-        print(f"warning: {unknown} of {len(split)} examples hold words that this model has never "
-              f"seen", file=sys.stderr)
+        print(f"warning: {unknown} of {len(split)} examples hold words that are not in the "
+              f"vocabulary", file=sys.stderr)
     outcome = outcome_of(walk(model, split, [point]), split, point)
     if arguments.predict is None:
         show(model, split, task, point, outcome, n)
@@ -421,11 +429,15 @@ def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[Op
     of the largest entropy of so many classes."""
     shares = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
     thresholds = arguments.thresholds or [round(share * math.log(classes), 3) for share in shares]
-    smart = settings["method"] == "smartbert"
-    gates, exits = smart and not settings["no_skipping"], smart and settings["epochs2"] > 0
-    points = [OperatingPoint("plain")] + [OperatingPoint("skip")] * gates
-    for mode in ["exit"] * exits + ["both"] * (gates and exits):
-        points += [OperatingPoint(mode, threshold) for threshold in thresholds]
+    gates = settings["method"] == "smartbert" and not settings["no_skipping"]
+    exits = settings["method"] == "smartbert" and settings["epochs2"] > 0
+    points = [OperatingPoint("plain")]
+    if gates:
+        points.append(OperatingPoint("skip"))
+    if exits:
+        points += [OperatingPoint("exit", threshold) for threshold in thresholds]
+    if gates and exits:
+        points += [OperatingPoint("both", threshold) for threshold in thresholds]
     return points
 
 
@@ -434,10 +446,10 @@ def read_splits(arguments: argparse.Namespace, settings: dict) -> dict[str, Spli
     encoded as in training. Raises UserError."""
     folder, data_dir = Path(arguments.run), arguments.data_dir or settings["data_dir"]
     splits = data.load_task(settings["task"], data_dir, settings["cache"])
-    _, held, identity = train.part(splits["train"], settings)
+    _, held, identity = train.split_training_set(splits["train"], settings)
     train.check_data(folder, identity)
     tokenizer, splits["train"] = data.load_tokenizer(folder), held
-    return {name: data.encode(tokenizer, split, settings["max_length"]) if split else split
+    return {name: data.encode(tokenizer, split, settings["max_length"])
             for name, split in splits.items()}
 
 
@@ -449,19 +461,19 @@ def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert) ->
         raise UserError(f"{folder} is a plain BERT or had no phase 2: it lacks the exit heads "
                         f"that --plot and --criteria need")
     splits = read_splits(arguments, settings)
-    held, judged = splits["train"], []
+    held, held_out_rows = splits["train"], []
     if held:
-        judged = judge(model, held, task, points, arguments)
-        points = [OperatingPoint(row.mode, row.threshold) for row in judged]
+        held_out_rows = measure_held_out(model, held, task, points, arguments)
+        points = [OperatingPoint(row.mode, row.threshold) for row in held_out_rows]
     for name in task.devs:
         split, metric, first = splits[name], task.metrics[0], name == task.devs[0]
         walks = walk(model, split, points)
         rows = [measure(model, split, task, walks, point) for point in points]
-        for row, other in zip(rows, judged):
+        for row, other in zip(rows, held_out_rows):
             row.held_out, row.held_out_flops = other.held_out, other.held_out_flops
             row.chosen = other.chosen
         clock(model, split, rows, arguments.repeats)
-        # of the fullest mode; plain where none is chosen
+        # the chosen row of the last mode; plain where none is chosen
         best = next((row for row in reversed(rows) if row.chosen), rows[0])
         majority = data.majority(task, split.labels)[metric]
         partial = split.partial or held.partial

@@ -5,9 +5,9 @@
     python train.py --task cola --weights ~/e5-small --data-dir ~/glue   # from your own folders
     python train.py --task cola --weights ~/e5-small --method bert       # the baseline
 
-Phase 1 trains encoder, gates, last head and projections. Phase 2 freezes them and trains the other
-heads (the paper's two training phases; the release's main.py:71-149). The best epoch of phase 1 is
-picked on a held-out part of the training set; the dev set is left to eval.py.
+Phase 1 trains the encoder, the gates, the last head and the projections. Phase 2 freezes them and
+trains the other heads (the paper's two training phases; the release's main.py:71-149). The best
+epoch of phase 1 is picked on a held-out part of the training set; the dev set is left to eval.py.
 
 A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt.
 """
@@ -26,8 +26,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before main: no traceback
 import numpy as np
 
-# Before torch is loaded: on a CPU its bf16 products keep kernels for each shape of batch, on RTE
-# more than a gigabyte.
+# Set before torch is imported: in bf16 on a CPU, oneDNN caches kernels for each shape of batch, on
+# RTE more than a gigabyte.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,8 @@ from smartbert import (Criterion, Outcome, SmartBert, entropy_below, infer, phas
                        phase2_loss)
 
 VERSION = 2             # of the files in a run's folder; another number means another layout
-BASE = "google-bert/bert-base-uncased"
-POOL = 1024             # rows that wait at a layer together: full batches, and little memory
+DEFAULT_WEIGHTS = "google-bert/bert-base-uncased"
+POOL = 1024             # examples that go through inference together: enough for full batches
 
 
 # --- Settings -----------------------------------------------------------------------------------
@@ -58,11 +58,11 @@ class Settings:
     """All settings; in the help of each, what it does and its symbol in the paper."""
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
     method: str = flag("smartbert", "smartbert, or bert for the baseline: no gates, no exits")
-    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the hub; for a "
-                               f"GLUE task {BASE} unless named")
+    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the hub (default "
+                               f"for a GLUE task: {DEFAULT_WEIGHTS})")
     data_dir: str | None = flag(None, "folder with GLUE's files; without it they are downloaded")
     cache: str | None = flag(None, "folder for downloads (or set SMARTBERT_CACHE)")
-    out: str | None = flag(None, "the run's folder; runs/TASK or runs/TASK-bert unless named")
+    out: str | None = flag(None, "the run's folder (default: runs/TASK or runs/TASK-bert)")
     # what makes the gates skip
     budget: float = flag(0.4, "share of the layers to run; more than that is penalised", 0, 1)
     budget_weight: float = flag(10.0, "weight of the budget's penalty", 0, 1e9)
@@ -70,8 +70,8 @@ class Settings:
                              "budget (the release's value for RTE: 0.04)", 0, 1e9)
     gate_bias: float = flag(-2.0, "bias of the gates at the start: at -2, g = .12 and layers run; "
                             "the release starts at 0", -100, 100)
-    penalty_start: float = flag(0.3, "share of phase 1 in which the gates rest", 0, 0.99)
-    penalty_full: float = flag(0.6, "share of phase 1 after which the budget is in full", 0, 0.99)
+    penalty_start: float = flag(0.3, "share of phase 1 before the gates are trained", 0, 0.99)
+    penalty_full: float = flag(0.6, "share of phase 1 after which the full budget holds", 0, 0.99)
     soft_epochs: int = flag(0, "epochs of phase 1 with soft gates; the release: 3 of 5", 0, 10_000)
     # the contrast
     eta1: float = flag(0.01, "eta_1, weight of phase 1's contrast", 0, 1)
@@ -82,17 +82,17 @@ class Settings:
     epochs1: int = flag(5, "epochs of phase 1", 1, 10_000)
     epochs2: int = flag(2, "epochs of phase 2; 0: gates only", 0, 10_000)
     batch_size: int = flag(32, "examples in a step", 1, 1_000_000)
-    lr: float | None = flag(None, "learning rate of the encoder; unless named 1e-4 for one of "
-                            "H = 384 or narrower, 3e-5 for a wider one", 0, 1e9)
+    lr: float | None = flag(None, "learning rate of the encoder (default: 1e-4 up to H = 384, "
+                            "else 3e-5)", 0, 1e9)
     lr_new: float = flag(1e-3, "learning rate of gates, heads and projections", 0, 1e9)
-    warmup: float = flag(0.06, "share in which the learning rate rises, of phase 2 and of each "
-                         "part of phase 1, the task's and the gates'; then it falls", 0, 0.99)
+    warmup: float = flag(0.06, "share of each schedule in which the learning rate rises; phase 1 "
+                         "has two, without and with the gates", 0, 0.99)
     weight_decay: float = flag(0.01, "AdamW's; not on biases and LayerNorm", 0, 1e9)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set that picks epoch and threshold; with 0 "
-                           "the dev set picks the epoch", 0, 0.99)
+    held_out: float = flag(0.1, "share of the training set held out to select epoch and "
+                           "threshold; 0: the dev set selects the epoch", 0, 0.99)
     limit: int | None = flag(None, "use only so many training examples", 1, 1e9)
     seed: int = flag(50, "of weights, order and dropout", 0, 1e9)
     # the paper's ablations
@@ -105,6 +105,10 @@ class Settings:
                       "AVX512-BF16, much slower on other CPUs")
     resume: bool = flag(False, "continue a run that was stopped, from the end of its last epoch")
     overwrite: bool = flag(False, "start over in a folder that already holds a run")
+
+    @property
+    def has_gates(self) -> bool:
+        return self.method == "smartbert" and not self.no_skipping
 
 
 # Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
@@ -119,7 +123,7 @@ RECIPES = {
     "wnli": dict(batch_size=16),
 }
 # Settings that change no result.
-OF_A_MACHINE = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
+NOT_IN_RESULT = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
 
 
 def check(settings: Settings) -> None:
@@ -191,6 +195,41 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
     return SmartBert(bert, len(task.labels), bias)
 
 
+def split_training_set(split: Split, settings: dict) -> tuple[Split, Split, dict]:
+    """Split a training set (up to --limit) into a part to train on and a held-out part. The
+    digests identify the examples; a run keeps them in data.json."""
+    whole = split.select(range(len(split))[:settings["limit"]])
+    training, held = data.hold_out(whole, settings["held_out"], settings["seed"])
+    identity = {"train": data.digest(whole), "held_out": data.digest(held),
+                "partial": whole.partial}
+    return training, held, identity
+
+
+def set_up(settings: Settings) -> tuple:
+    """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
+    split that judges epochs and this split, and what identifies the data. Completes the settings.
+    Raises UserError."""
+    check(settings)
+    device, task = pick_device(settings.device), data.find_task(settings.task)
+    if task.name != "toy" and not settings.weights:
+        settings.weights = DEFAULT_WEIGHTS
+    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)
+    training, held, identity = split_training_set(splits["train"], asdict(settings))
+    name, validation = "held-out", held
+    if not held:
+        name, validation = task.devs[0], splits[task.devs[0]]
+        say(f"warning: nothing is held out, so {name} both selects the epoch and is reported")
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
+    if settings.lr is None:
+        settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
+    training = data.encode(tokenizer, training, settings.max_length)
+    validation = data.encode(tokenizer, validation, settings.max_length)
+    return model, tokenizer, training, name, validation, identity
+
+
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
     """AdamW over what the phase trains; everything else is frozen.
 
@@ -210,7 +249,7 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
         module.requires_grad_(True)
         for decayed in (True, False):                   # biases and LayerNorm have one dimension
             chosen = [p for p in module.parameters() if (p.dim() > 1) == decayed]
-            parameters.append({"params": chosen, "lr": lr, "top": lr,
+            parameters.append({"params": chosen, "lr": lr, "peak_lr": lr,
                                "gates": module is model.gates,
                                "weight_decay": settings.weight_decay if decayed else 0.0})
     return torch.optim.AdamW(parameters, fused=True)
@@ -225,15 +264,15 @@ def pools(split: Split, device: str | torch.device = "cpu") -> list[Batch]:
 
 
 def run_pool(model: SmartBert, batch: Batch, skip: bool, criterion: Criterion | None) -> Outcome:
-    """`infer` on one pool. On a GPU larger batches are full."""
+    """`infer` on one pool, with larger batches on a GPU, which small ones would not fill."""
     return infer(model, batch.ids, batch.segment_ids, batch.mask, skip=skip, criterion=criterion,
                  batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
 
 
 def predict(model: SmartBert, batches: list[Batch], skip: bool,
             criterion: Criterion | None) -> Outcome:
-    """Every pool; the outcome in the order of the split (N rows), on the CPU. Leaves the model in
-    eval mode. The criterion must not use the rows' numbers: each pool counts its own."""
+    """The outcome of a whole split, in its order (N rows), on the CPU. Sets eval mode. The
+    criterion must not use row numbers, because they count from 0 in each pool."""
     model.eval()
     parts = [vars(run_pool(model, batch, skip, criterion)).values() for batch in batches]
     order = torch.cat([batch.index for batch in batches]).argsort().cpu()
@@ -256,17 +295,20 @@ def penalty_now(settings: Settings, progress: float) -> dict:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, steps: int) -> None:
-    """The learning rate rises for a while, then falls to nothing; in phase 1 twice: for the task,
-    while the gates rest, and again for the task and the gates. The first step has the rate of the
-    second, or it would train nothing."""
+    """Linear warm-up, then linear decay to 0. Phase 1 has two such rounds: up to penalty_start
+    without the gates, then with them. The first step takes the rate of the second, because its own
+    would be 0."""
     gates = settings.method == "smartbert" and any(g["gates"] for g in optimizer.param_groups)
-    start = math.ceil(settings.penalty_start * steps) if gates else 0   # of the second time
-    done, length = (step, start) if step < start else (step - start, steps - start)
+    start = math.ceil(settings.penalty_start * steps) if gates else 0   # of the second round
+    if step < start:
+        done, length = step, start
+    else:
+        done, length = step - start, steps - start
     rising = max(done, 1) / max(settings.warmup * length, 1e-9)
     falling = (length - done) / ((1 - settings.warmup) * length)
     for group in optimizer.param_groups:
-        resting = group["gates"] and step < start
-        group["lr"] = 0.0 if resting else group["top"] * min(rising, falling)
+        frozen = group["gates"] and step < start
+        group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling)
 
 
 def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, progress: float,
@@ -309,7 +351,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
-        optimizer.zero_grad()                       # here: they need no memory in the meantime
+        optimizer.zero_grad()                       # here: no memory for gradients between steps
         recent.append({name: value.detach() for name, value in parts.items()})
         if len(recent) == 20 or step + 1 == len(order):
             log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1})
@@ -324,13 +366,13 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     return log
 
 
-def observe(model: SmartBert, split: Split, batches: list[Batch], settings: Settings,
+def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Settings,
             phase: int) -> dict[str, float]:
     """Scores on a split and the mean of the layers that ran: by the gates alone in phase 1, with
     exits in phase 2."""
     task = data.find_task(settings.task)
     skip = settings.method == "smartbert" and not settings.no_skipping
-    # Half of the largest entropy is a threshold for the log; eval.py chooses the one to use.
+    # For the log only, the threshold is half of the largest entropy; eval.py chooses the real one.
     criterion = entropy_below(0.5 * math.log(len(task.labels))) if phase == 2 else None
     outcome = predict(model, batches, skip, criterion)
     scores = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
@@ -374,9 +416,9 @@ def train(settings: Settings) -> Path:
 
     After every epoch checkpoint.pt holds all that is needed to continue with the same result.
     """
-    model, tokenizer, training, judge, judged, identity = set_up(settings)
+    model, tokenizer, training, name, validation, identity = set_up(settings)
     device, task = next(model.parameters()).device, data.find_task(settings.task)
-    out, judged_pools = open_folder(settings), pools(judged, device)
+    out, validation_pools = open_folder(settings), pools(validation, device)
     write_identity(out, identity, tokenizer)
     if (out / "model.pt").is_file():
         load_run(out, device)                           # or it says what is wrong with it
@@ -406,11 +448,11 @@ def train(settings: Settings) -> Path:
         log += train_epoch(model, optimizer, training, settings, phase, epoch)
         loss = log[-1]["loss"]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            seen = observe(model, judged, judged_pools, settings, phase)
+            seen = validate(model, validation, validation_pools, settings, phase)
         score, seconds, L = seen[task.metrics[0]], time.time() - start, len(model.gates)
-        log.append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1), judge: seen})
+        log.append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1), name: seen})
         epochs = settings.epochs1 if phase == 1 else settings.epochs2
-        say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss:.3f}  {judge} {score:.3f} with "
+        say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss:.3f}  {name} {score:.3f} with "
             f"{seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
         if phase == 1:
             new = judge_epoch(settings, epoch, score, seen["layers"] / L)
@@ -428,41 +470,6 @@ def train(settings: Settings) -> Path:
     return out
 
 
-def part(split: Split, settings: dict) -> tuple[Split, Split, dict]:
-    """A training set (up to --limit) in two parts: to train on, and held out; and what a run keeps
-    of it in data.json: a digest of the whole and of the held-out part, and whether the file was a
-    partial one."""
-    whole = split.select(range(len(split))[:settings["limit"]])
-    training, held = data.hold_out(whole, settings["held_out"], settings["seed"])
-    identity = {"train": data.digest(whole), "held_out": data.digest(held),
-                "partial": whole.partial}
-    return training, held, identity
-
-
-def set_up(settings: Settings) -> tuple:
-    """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
-    split that judges epochs and this split, and what identifies the data. Completes the settings.
-    Raises UserError."""
-    check(settings)
-    device, task = pick_device(settings.device), data.find_task(settings.task)
-    if task.name != "toy" and not settings.weights:
-        settings.weights = BASE
-    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
-    tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
-    splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    training, held, identity = part(splits["train"], asdict(settings))
-    judge, judged = ("held-out", held) if held else (task.devs[0], splits[task.devs[0]])
-    if not held:
-        say(f"warning: nothing is held out, so {judge} picks the epoch that it then judges")
-    torch.manual_seed(settings.seed)
-    model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
-    if settings.lr is None:
-        settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
-    training = data.encode(tokenizer, training, settings.max_length)
-    judged = data.encode(tokenizer, judged, settings.max_length)
-    return model, tokenizer, training, judge, judged, identity
-
-
 # --- A run's folder -----------------------------------------------------------------------------
 
 def read_settings(folder: Path) -> Settings:
@@ -470,7 +477,7 @@ def read_settings(folder: Path) -> Settings:
     another version."""
     path = folder / "settings.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no run, for it has no settings.json: name a folder that "
+        raise UserError(f"{folder} has no settings.json, so it holds no run: name a folder that "
                         f"train.py made, such as runs/toy")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -508,7 +515,7 @@ def open_folder(settings: Settings) -> Path:
                         f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
     if settings.resume and foreign:
         before, now = asdict(read_settings(out)), asdict(settings)
-        for name in now.keys() - OF_A_MACHINE:
+        for name in now.keys() - NOT_IN_RESULT:
             if before[name] != now[name]:
                 raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}"
                                 f": resume with the same settings")
@@ -562,7 +569,7 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
 
 def of_result(settings: dict) -> dict:
     """The settings that decide on a run's result; of the weights only the name."""
-    kept = {name: value for name, value in settings.items() if name not in OF_A_MACHINE}
+    kept = {name: value for name, value in settings.items() if name not in NOT_IN_RESULT}
     return kept | {"weights": settings["weights"] and Path(settings["weights"]).name}
 
 
@@ -583,9 +590,8 @@ def check_data(folder: Path, identity: dict) -> None:
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged: train again with --overwrite")
     if not same:
-        raise UserError(f"{folder} was trained on another train.tsv than the one that is there "
-                        f"now, so its held-out examples are not known: name the former folder "
-                        f"with --data-dir")
+        raise UserError(f"{folder} was trained on another train.tsv than the present one, so its "
+                        f"held-out examples are unknown: name the former folder with --data-dir")
 
 
 def save_model(path: Path, model: SmartBert) -> None:
@@ -643,15 +649,15 @@ def parse(arguments: list[str] | None) -> Settings:
     first = argparse.ArgumentParser(add_help=False)     # for the task, which decides on defaults
     first.add_argument("--task", default="toy")
     recipe = RECIPES.get(first.parse_known_args(arguments)[0].task, {})
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Settings):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         kind = getattr(f.type, "__args__", (f.type,))[0]                # of str | None: str
         if kind is bool:
             parser.add_argument(name, action="store_true", help=help)
         else:
-            parser.add_argument(name, type=kind, default=f.default, help=help)
+            default = "" if f.default is None else " (default: %(default)s)"
+            parser.add_argument(name, type=kind, default=f.default, help=help + default)
     parser.set_defaults(**recipe)
     return Settings(**vars(parser.parse_args(arguments)))
 

@@ -305,7 +305,7 @@ def test_weights_and_vocabulary_must_fit(tmp_path, refused):
 @pytest.mark.parametrize("budget, best", [("0.7", 2), ("0.4", 3), ("0", 2)])
 def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
     """Of the epochs that keep it, that of the best score; where none does, the best of those
-    pushed in full."""
+    with the penalty in full."""
     epochs, written, save = iter([(0.9, 6.0), (0.8, 4.0), (0.7, 2.0)]), [], train.save
 
     def noted(path, **content):
@@ -313,7 +313,7 @@ def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
         save(path, **content)
 
     monkeypatch.setattr(
-        train, "observe", lambda *_: dict(zip(("accuracy", "layers"), next(epochs)))
+        train, "validate", lambda *_: dict(zip(("accuracy", "layers"), next(epochs)))
     )
     monkeypatch.setattr(train, "save", noted)
     train.main(
@@ -326,6 +326,8 @@ def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
             "0",
             "--budget",
             budget,
+            "--penalty-full",
+            "0.6",
             "--device",
             "cpu",
             "--out",

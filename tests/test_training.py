@@ -390,7 +390,7 @@ def test_phase_1_ends_with_its_best_epoch(tmp_path, monkeypatch, epochs2):
             written.append(copy.deepcopy(content["model"]))
         save(path, **content)
 
-    monkeypatch.setattr(train, "observe", lambda *_: {"accuracy": next(scores), "layers": 0.0})
+    monkeypatch.setattr(train, "validate", lambda *_: {"accuracy": next(scores), "layers": 0.0})
     monkeypatch.setattr(train, "save", noted)
     run = sst2_run(tmp_path, "--epochs1", "3", "--epochs2", str(epochs2))
     model = torch.load(run / "model.pt", weights_only=True)["model"]
