@@ -113,7 +113,7 @@ class Settings:
 
 # Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
 RECIPES = {
-    "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.65, penalty_start=0.4,
+    "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.75, penalty_start=0.4,
                 penalty_full=0.75),
     "cola": dict(batch_size=16, epochs1=8, budget=0.5),
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
