@@ -40,7 +40,7 @@ from smartbert import (Criterion, Outcome, SmartBert, auxiliary_flops, entropy, 
                        probability_above)
 
 MAX_DROP = 0.5      # points of score that exits at a chosen threshold may lose on held-out data
-GRID = 400          # thresholds that are tried on held-out data where the user names none
+GRID = 250          # thresholds that are tried on held-out data where the user names none
 MODES = ("plain", "skip", "exit", "both")
 CRITERIA = {"entropy": entropy_below, "probability": probability_above, "patience": patience,
             "layer": fixed_layer}

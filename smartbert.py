@@ -197,17 +197,22 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
-                  depth: int | None = None) -> tuple:
+                  depth: int | None = None, full_share: float = 0.0) -> tuple:
     """Run the first `depth` layers (default: all) and mix each output with its input.
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}              (SmartBert.py:91-103)
 
     In training, skipped layers are computed too: the gradient of g_i needs layer_i(h_{i-1}).
+    full_share: of the rows, drawn at random, run every layer whatever their gates say, so that the
+    full model stays good (deviation 14).
     With d layers run, returns the inputs [h_0 .. h_{d-1}], the raw outputs [layer_i(h_{i-1})] and
     h_d (each (B, S, H)), then the soft gates and the gates as used (each (B, d)).
     """
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
+    gated = torch.ones(len(ids), device=h.device)                           # (B,), 0: run in full
+    if full_share:
+        gated = (torch.rand(len(ids), device=h.device) >= full_share).float()
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         output = layer(h, m)                                                # (B, S, H)
         g_soft = gate(h, m)                                                 # (B,)
@@ -216,7 +221,7 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
         outputs.append(output)
         soft.append(g_soft)
         used.append(g)
-        g = g[:, None, None]                                                # (B, 1, 1)
+        g = (g * gated)[:, None, None]                                      # (B, 1, 1)
         h = (1 - g) * output + g * h
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
@@ -247,14 +252,16 @@ class Phase1:
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
-                *, hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5) -> Phase1:
+                *, hard: bool, penalty: dict, eta1: float = 0.01, tau1: float = 0.5,
+                full_share: float = 0.0) -> Phase1:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
     (SmartBert.py:108-122.) i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the
     inputs of neighbouring layers, summed over the L-1 pairs. penalty: keyword arguments of
     `skip_penalty`. ids, segment_ids, mask (B, S), labels (B,).
     """
-    inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard)
+    inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard,
+                                               full_share=full_share)
     logits, _ = model.heads[-1](h, mask_or_none(mask))
     task = F.cross_entropy(logits, labels)
     penalty_loss = skip_penalty(soft, used, **penalty)
@@ -269,7 +276,7 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
 # --- Phase 2: the exit heads --------------------------------------------------------------------
 
 def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
-                *, eta2: float = 0.05, tau2: float = 0.55) -> Tensor:
+                *, eta2: float = 0.05, tau2: float = 0.55, full_share: float = 0.0) -> Tensor:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
     (SmartBert.py:125-154; README, deviations 2, 3, 5.) i runs over heads 1 .. L-1, and
@@ -280,7 +287,8 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     """
     last = len(model.heads) - 1
     with torch.no_grad():
-        _, outputs, *_ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last)
+        _, outputs, *_ = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last,
+                                       full_share=full_share)
     m = mask_or_none(mask)
     task, u = 0.0, []
     for head, output in zip(model.heads[:last], outputs):

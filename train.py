@@ -72,6 +72,8 @@ class Settings:
                             "the release starts at 0", -100, 100)
     penalty_start: float = flag(0.3, "share of phase 1 before the gates are trained", 0, 0.99)
     penalty_full: float = flag(0.6, "share of phase 1 after which the full budget holds", 0, 0.99)
+    full_share: float = flag(0.0, "share of the examples that run every layer in training, "
+                             "whatever their gates say", 0, 1)
     soft_epochs: int = flag(0, "epochs of phase 1 with soft gates; the release: 3 of 5", 0, 10_000)
     # the contrast
     eta1: float = flag(0.01, "eta_1, weight of phase 1's contrast", 0, 1)
@@ -85,6 +87,7 @@ class Settings:
     lr: float | None = flag(None, "learning rate of the encoder (default: 1e-4 up to H = 384, "
                             "else 3e-5)", 0, 1e9)
     lr_new: float = flag(1e-3, "learning rate of gates, heads and projections", 0, 1e9)
+    lr_gates: float | None = flag(None, "learning rate of the gates (default: --lr-new)", 0, 1e9)
     warmup: float = flag(0.06, "share of each schedule in which the learning rate rises; phase 1 "
                          "has two, without and with the gates", 0, 0.99)
     weight_decay: float = flag(0.01, "AdamW's; not on biases and LayerNorm", 0, 1e9)
@@ -113,9 +116,10 @@ class Settings:
 
 # Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
 RECIPES = {
-    "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.75, penalty_start=0.4,
-                penalty_full=0.75),
-    "cola": dict(batch_size=16, epochs1=8, budget=0.5),
+    "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.65, penalty_start=0.4,
+                penalty_full=0.75, full_share=0.25),
+    "cola": dict(batch_size=16, epochs1=8, budget=0.5, lr_gates=3e-4, penalty_start=0.4,
+                 penalty_full=0.7),
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
     "mrpc": dict(batch_size=16, budget=0.5),
     "mnli": dict(batch_size=16, epochs1=3, epochs2=1, penalty_start=0.25, budget=0.5),
@@ -214,6 +218,8 @@ def set_up(settings: Settings) -> tuple:
     if task.name != "toy" and not settings.weights:
         settings.weights = DEFAULT_WEIGHTS
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    if folder is None:      # the toy's tensors are tiny: a second thread would only cost time
+        torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
     training, held, identity = split_training_set(splits["train"], asdict(settings))
@@ -241,7 +247,7 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
         groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new),
                   (model.projections, settings.lr_new)]
         if not settings.no_skipping:
-            groups.append((model.gates, settings.lr_new))
+            groups.append((model.gates, settings.lr_gates or settings.lr_new))
     else:
         groups = [(model.heads[:-1], settings.lr_new)]
     parameters = []
@@ -320,9 +326,10 @@ def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, prog
         return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
     eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
     if phase == 2:
-        return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2)}
+        return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2,
+                                    full_share=settings.full_share)}
     result = phase1_loss(model, *inputs, hard=hard, penalty=penalty_now(settings, progress),
-                         eta1=eta1, tau1=settings.tau1)
+                         eta1=eta1, tau1=settings.tau1, full_share=settings.full_share)
     return vars(result) | {"run": result.run.mean(0)}
 
 

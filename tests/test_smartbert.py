@@ -239,6 +239,23 @@ def test_gated_walk_mixes_input_and_output(hard):
         assert torch.equal(infer(model, *batch, criterion=None).ran, used == 0)
 
 
+@torch.no_grad()
+def test_rows_in_full_run_every_layer():
+    """Whatever their gates say. With a share of 1 these are all rows, with .5 some of 64; the
+    gates that are returned, which the budget counts, stay as they were."""
+    model, batch = tiny_model(), tiny_batch(rows=64)
+    _, _, gated, soft, used = gated_forward(model, *batch, hard=True)
+    plain, mask = model.bert(*batch)[-1], batch[2]
+    _, _, h, soft_again, used_again = gated_forward(model, *batch, hard=True, full_share=1.0)
+    torch.testing.assert_close(h[mask], plain[mask], rtol=1e-4, atol=1e-5)
+    assert torch.equal(soft[:, 0], soft_again[:, 0]) and used.any() and used_again.any()
+    torch.manual_seed(0)
+    _, _, h, _, _ = gated_forward(model, *batch, hard=True, full_share=0.5)
+    near = [[(h[r][mask[r]] - other[r][mask[r]]).abs().max() < 1e-4 for r in range(64)]
+            for other in (plain, gated)]
+    assert all(a or b for a, b in zip(*near)) and 16 < sum(near[0]) < 64 and 16 < sum(near[1]) < 64
+
+
 def test_contrast_by_brute_force():
     """A loop over tokens; padding is neither found nor a negative, whatever stands in it."""
     torch.manual_seed(1)
