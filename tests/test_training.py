@@ -135,7 +135,8 @@ def test_phase2_loss_by_hand():
 
 @pytest.mark.parametrize("no_contrast", [False, True])
 def test_each_phase_has_its_own_contrast(monkeypatch, no_contrast):
-    """Weights and temperatures reach the losses; the ablation sets both weights to 0."""
+    """Weights, temperatures and the share of rows in full reach the losses; the ablation sets both
+    weights to 0."""
     seen = []
 
     def noted(loss):
@@ -144,10 +145,11 @@ def test_each_phase_has_its_own_contrast(monkeypatch, no_contrast):
     monkeypatch.setattr(train, "phase1_loss", noted(phase1_loss))
     monkeypatch.setattr(train, "phase2_loss", noted(phase2_loss))
     for phase in 1, 2:
-        Run(phase, rows=4, eta1=0.1, eta2=0.2, tau1=0.3, tau2=0.4, no_contrast=no_contrast)
+        Run(phase, rows=4, eta1=0.1, eta2=0.2, tau1=0.3, tau2=0.4, no_contrast=no_contrast,
+            full_share=0.25)
     eta1, eta2 = (0, 0) if no_contrast else (0.1, 0.2)
-    assert (seen[0]["eta1"], seen[0]["tau1"]) == (eta1, 0.3)
-    assert seen[1:] == [dict(eta2=eta2, tau2=0.4)]
+    assert (seen[0]["eta1"], seen[0]["tau1"], seen[0]["full_share"]) == (eta1, 0.3, 0.25)
+    assert seen[1:] == [dict(eta2=eta2, tau2=0.4, full_share=0.25)]
 
 
 def test_the_log_holds_means_of_twenty_steps(monkeypatch):
