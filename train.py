@@ -483,6 +483,9 @@ def read_settings(folder: Path) -> Settings:
     """The settings of a run. Raises UserError where settings.json is missing, damaged or of
     another version."""
     path = folder / "settings.json"
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name one that train.py made, such as "
+                        f"runs/toy")
     if not path.is_file():
         raise UserError(f"{folder} has no settings.json, so it holds no run: name a folder that "
                         f"train.py made, such as runs/toy")

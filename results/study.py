@@ -140,8 +140,9 @@ def at_costs(study: dict, costs: list[float]) -> str:
             points = [100 * (b - e) for e, b in zip(exits, both)]
             spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
             lines.append(f"{name} {cost:>5.2f} {cell(exits):>14} {cell(both):>14} "
-                         f"{np.mean(points):>+13.1f}{spread}")
-    return "\n".join(lines)
+                         f"{np.mean(points):>+13.1f}{spread}".replace("nan +- nan", "-")
+                         .replace("+nan", "-").replace("nan", "-"))
+    return "\n".join(lines) + "\n(-: a seed has no threshold at this cost)"
 
 
 def plot_study(study: dict, folder: Path) -> None:
