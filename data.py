@@ -132,7 +132,7 @@ def read_lines(path: Path, advice: str) -> list[str]:
     try:
         with sys.stdin.buffer if str(path) == "-" else path.open("rb") as file:
             lines = [line.removesuffix(b"\n").removesuffix(b"\r").decode() for line in file]
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, AttributeError):   # sys.stdin is None where it is closed
         raise UserError(f"{path} is missing, or is not UTF-8 text: {advice}")
     while lines and not lines[-1]:
         lines.pop()

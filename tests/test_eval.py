@@ -300,6 +300,13 @@ def test_bytes_that_are_no_text_are_refused(finished, capsys):
     assert stop.value.code == 2 and "example 1 is not UTF-8" in capsys.readouterr().err
 
 
+def test_a_closed_standard_input_is_said(finished, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(finished), "--predict", "-", "--device", "cpu"])
+    assert stop.value.code == 2 and "or - for stdin" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', '{"rows": [{"mode": "both"}]}'])
 def test_a_damaged_last_evaluation_is_said(finished, tmp_path, capsys, content):
     shutil.copytree(finished, tmp_path / "run")
