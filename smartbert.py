@@ -258,10 +258,10 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
 
     (SmartBert.py:108-122.) i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the
     inputs of neighbouring layers, summed over the L-1 pairs. penalty: keyword arguments of
-    `skip_penalty`. ids, segment_ids, mask (B, S), labels (B,).
+    `skip_penalty`. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels (B,).
     """
     inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard,
-                                               full_share=full_share)
+                                             full_share=full_share)
     logits, _ = model.heads[-1](h, mask_or_none(mask))
     task = F.cross_entropy(logits, labels)
     penalty_loss = skip_penalty(soft, used, **penalty)

@@ -246,8 +246,9 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     if phase == 1:
         groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new),
                   (model.projections, settings.lr_new)]
-        if not settings.no_skipping:
-            groups.append((model.gates, settings.lr_gates or settings.lr_new))
+        if settings.has_gates:
+            lr_gates = settings.lr_new if settings.lr_gates is None else settings.lr_gates
+            groups.append((model.gates, lr_gates))
     else:
         groups = [(model.heads[:-1], settings.lr_new)]
     parameters = []
@@ -304,7 +305,7 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
     """Linear warm-up, then linear decay to 0. Phase 1 has two such rounds: up to penalty_start
     without the gates, then with them. The first step takes the rate of the second, because its own
     would be 0."""
-    gates = settings.method == "smartbert" and any(g["gates"] for g in optimizer.param_groups)
+    gates = any(group["gates"] for group in optimizer.param_groups)
     start = math.ceil(settings.penalty_start * steps) if gates else 0   # of the second round
     if step < start:
         done, length = step, start
@@ -374,14 +375,13 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
 
 
 def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Settings,
-            phase: int) -> dict[str, float]:
+             phase: int) -> dict[str, float]:
     """Scores on a split and the mean of the layers that ran: by the gates alone in phase 1, with
     exits in phase 2."""
     task = data.find_task(settings.task)
-    skip = settings.method == "smartbert" and not settings.no_skipping
     # For the log only, the threshold is half of the largest entropy; eval.py chooses the real one.
     criterion = entropy_below(0.5 * math.log(len(task.labels))) if phase == 2 else None
-    outcome = predict(model, batches, skip, criterion)
+    outcome = predict(model, batches, settings.has_gates, criterion)
     scores = data.scores(task, outcome.logits.argmax(1).tolist(), split.labels)
     return scores | {"layers": outcome.ran.sum(1).float().mean().item()}
 
@@ -393,10 +393,10 @@ def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> d
 
     A budget is met within a tenth. With lambda there is none, so no epoch meets it.
     """
-    no_gates = settings.no_skipping or settings.method == "bert"
     full = settings.penalty_full if settings.lam is None else settings.penalty_start
     return {"hard": epoch >= settings.soft_epochs or settings.soft_gates,
-            "met": no_gates or settings.lam is None and share <= 1.1 * settings.budget,
+            "met": not settings.has_gates or (settings.lam is None
+                                              and share <= 1.1 * settings.budget),
             "full": (epoch + 1) / settings.epochs1 > full, "score": score, "share": share}
 
 
