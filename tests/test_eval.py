@@ -316,6 +316,15 @@ def test_a_damaged_last_evaluation_is_said(finished, tmp_path, capsys, content):
     assert stop.value.code == 2 and "eval.json is damaged" in capsys.readouterr().err
 
 
+def write_result(path: Path, rows: list[dict], **settings) -> Path:
+    """An eval.json of CoLA with these rows and settings."""
+    settings = {"task": "cola", "weights": "w"} | settings
+    content = {"task": "cola", "split": "dev", "partial": False, "settings": settings}
+    content["rows"] = rows
+    path.write_text(json.dumps(content))
+    return path
+
+
 def test_summary_is_mean_and_spread(tmp_path):
     """Over the chosen rows of several seeds, by hand, and with another choice; a run with another
     setting stands alone; another file is refused."""
@@ -328,21 +337,9 @@ def test_summary_is_mean_and_spread(tmp_path):
             vars(row("both", 2 * score, 0.9, 0.1)),
             vars(row("both", 0.02, 0.01, 0.3)),
         ]
-        settings = dict(
-            task="cola", method="smartbert", weights="w", seed=i, budget=0.5 if i < 3 else 0.4
-        )
-        files.append(tmp_path / f"{i}.json")
-        files[-1].write_text(
-            json.dumps(
-                {
-                    "task": "cola",
-                    "split": "dev",
-                    "partial": False,
-                    "settings": settings,
-                    "rows": rows,
-                }
-            )
-        )
+        budget = 0.5 if i < 3 else 0.4
+        files.append(write_result(tmp_path / f"{i}.json", rows, method="smartbert", seed=i,
+                                  budget=budget))
     line, alone = [l for l in study.summary(study.read_study(files)).splitlines() if " both " in l]
     mean, spread = statistics.mean(scores[:3]), statistics.stdev(scores[:3])
     assert line.split()[-9:] == [
@@ -362,21 +359,8 @@ def test_summary_is_mean_and_spread(tmp_path):
     ][0]
     assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
     for i, score in enumerate((0.3, 0.4)):  # beside two plain BERTs of .35 on average
-        settings, files = (
-            dict(task="cola", method="bert", weights="w", seed=i),
-            files + [tmp_path / f"bert{i}.json"],
-        )
-        files[-1].write_text(
-            json.dumps(
-                {
-                    "task": "cola",
-                    "split": "dev",
-                    "partial": False,
-                    "settings": settings,
-                    "rows": [vars(row("plain", 2 * score, 1.0))],
-                }
-            )
-        )
+        rows = [vars(row("plain", 2 * score, 1.0))]
+        files.append(write_result(tmp_path / f"bert{i}.json", rows, method="bert", seed=i))
     lines = study.summary(study.read_study(files)).splitlines()
     assert [l.split()[-1] for l in lines if " both " in l] == [
         f"{100 * (mean - 0.35):+.1f}",
