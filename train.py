@@ -41,7 +41,7 @@ from data import Batch, Split, Task, UserError
 from smartbert import (Criterion, Outcome, SmartBert, entropy_below, infer, phase1_loss,
                        phase2_loss)
 
-VERSION = 2             # of the files in a run's folder; another number means another layout
+VERSION = 3             # of the files in a run's folder; another number means another layout
 DEFAULT_WEIGHTS = "google-bert/bert-base-uncased"
 POOL = 1024             # examples that go through inference together: enough for full batches
 
