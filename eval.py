@@ -381,9 +381,9 @@ def last_choice(folder: Path, points: list[OperatingPoint]) -> OperatingPoint:
     return next(point for point in points if point.mode == mode)
 
 
-def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert) -> None:
+def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
     """--trace, --trace-examples and --predict. Raises UserError."""
-    folder, task = Path(arguments.run), data.find_task(settings["task"])
+    folder, task = Path(arguments.run), data.find_task(settings.task)
     points = plan(arguments, settings, len(task.labels))
     if arguments.thresholds:
         point = next(point for point in points if point.mode == points[-1].mode)
@@ -391,11 +391,11 @@ def look_inside(arguments: argparse.Namespace, settings: dict, model: SmartBert)
         point = last_choice(folder, points)
     tokenizer, n = data.load_tokenizer(folder), arguments.trace_examples
     if n:
-        split = data.load_task(task.name, arguments.data_dir or settings["data_dir"],
-                               settings["cache"])[task.devs[0]]
+        split = data.load_task(task.name, arguments.data_dir or settings.data_dir,
+                               settings.cache)[task.devs[0]]
     else:
         split = data.own_examples(task, arguments.trace, arguments.predict)
-    split = data.encode(tokenizer, split, settings["max_length"])
+    split = data.encode(tokenizer, split, settings.max_length)
     unknown = sum(tokenizer.token_to_id("[UNK]") in ids for ids in split.ids)
     if unknown and not n:
         print(f"warning: {unknown} of {len(split)} examples hold words that are not in the "
@@ -424,38 +424,37 @@ def show(model: SmartBert, split: Split, task: Task, point: OperatingPoint, outc
 
 # --- A run, evaluated ---------------------------------------------------------------------------
 
-def plan(arguments: argparse.Namespace, settings: dict, classes: int) -> list[OperatingPoint]:
+def plan(arguments: argparse.Namespace, settings: train.Settings, classes: int) -> list[OperatingPoint]:
     """The rows of the table: the modes that a run has, at the thresholds asked for, or at shares
     of the largest entropy of so many classes."""
     shares = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
     thresholds = arguments.thresholds or [round(share * math.log(classes), 3) for share in shares]
-    gates = settings["method"] == "smartbert" and not settings["no_skipping"]
-    exits = settings["method"] == "smartbert" and settings["epochs2"] > 0
+    exits = settings.method == "smartbert" and settings.epochs2 > 0
     points = [OperatingPoint("plain")]
-    if gates:
+    if settings.has_gates:
         points.append(OperatingPoint("skip"))
     if exits:
         points += [OperatingPoint("exit", threshold) for threshold in thresholds]
-    if gates and exits:
+    if settings.has_gates and exits:
         points += [OperatingPoint("both", threshold) for threshold in thresholds]
     return points
 
 
-def read_splits(arguments: argparse.Namespace, settings: dict) -> dict[str, Split]:
+def read_splits(arguments: argparse.Namespace, settings: train.Settings) -> dict[str, Split]:
     """The dev sets of a run's task and, under "train", the held-out part of its training set,
     encoded as in training. Raises UserError."""
-    folder, data_dir = Path(arguments.run), arguments.data_dir or settings["data_dir"]
-    splits = data.load_task(settings["task"], data_dir, settings["cache"])
+    folder, data_dir = Path(arguments.run), arguments.data_dir or settings.data_dir
+    splits = data.load_task(settings.task, data_dir, settings.cache)
     _, held, identity = train.split_training_set(splits["train"], settings)
     train.check_data(folder, identity)
     tokenizer, splits["train"] = data.load_tokenizer(folder), held
-    return {name: data.encode(tokenizer, split, settings["max_length"])
+    return {name: data.encode(tokenizer, split, settings.max_length)
             for name, split in splits.items()}
 
 
-def evaluate(arguments: argparse.Namespace, settings: dict, model: SmartBert) -> None:
+def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
     """Print and store a run's table for each dev set of its task. Raises UserError."""
-    folder, task = Path(arguments.run), data.find_task(settings["task"])
+    folder, task = Path(arguments.run), data.find_task(settings.task)
     points = plan(arguments, settings, len(task.labels))
     if (arguments.plot or arguments.criteria) and points[-1].threshold is None:
         raise UserError(f"{folder} is a plain BERT or had no phase 2: it lacks the exit heads "
@@ -561,7 +560,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = train.pick_device(asked.device)
         settings, model = train.load_run(asked.run, device)
         # in the precision it was trained in
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings["bf16"]):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             (look_inside if asked.look else evaluate)(asked, settings, model)
     except BrokenPipeError:                             # its reader has read enough: | head
         sys.stdout = None

@@ -199,11 +199,11 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
     return SmartBert(bert, len(task.labels), bias)
 
 
-def split_training_set(split: Split, settings: dict) -> tuple[Split, Split, dict]:
+def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, dict]:
     """Split a training set (up to --limit) into a part to train on and a held-out part. The
     digests identify the examples; a run keeps them in data.json."""
-    whole = split.select(range(len(split))[:settings["limit"]])
-    training, held = data.hold_out(whole, settings["held_out"], settings["seed"])
+    whole = split.select(range(len(split))[:settings.limit])
+    training, held = data.hold_out(whole, settings.held_out, settings.seed)
     identity = {"train": data.digest(whole), "held_out": data.digest(held),
                 "partial": whole.partial}
     return training, held, identity
@@ -222,7 +222,7 @@ def set_up(settings: Settings) -> tuple:
         torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    training, held, identity = split_training_set(splits["train"], asdict(settings))
+    training, held, identity = split_training_set(splits["train"], settings)
     name, validation = "held-out", held
     if not held:
         name, validation = task.devs[0], splits[task.devs[0]]
@@ -565,7 +565,7 @@ def load_file(path: Path) -> dict:
     return content
 
 
-def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]:
+def load_run(folder: str | Path, device: torch.device) -> tuple[Settings, SmartBert]:
     """Settings and trained model of a run. Raises UserError."""
     settings, content = read_settings(Path(folder)), load_file(Path(folder) / "model.pt")
     try:
@@ -574,13 +574,13 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[dict, SmartBert]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{folder}/model.pt is of another version of this code, or is damaged: "
                         f"train again with --overwrite")
-    return asdict(settings), model.to(device).eval()
+    return settings, model.to(device).eval()
 
 
-def of_result(settings: dict) -> dict:
+def of_result(settings: Settings) -> dict:
     """The settings that decide on a run's result; of the weights only the name."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_IN_RESULT}
-    return kept | {"weights": settings["weights"] and Path(settings["weights"]).name}
+    kept = {name: value for name, value in vars(settings).items() if name not in NOT_IN_RESULT}
+    return kept | {"weights": settings.weights and Path(settings.weights).name}
 
 
 def write_identity(out: Path, identity: dict, tokenizer: BertWordPieceTokenizer) -> None:

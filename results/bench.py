@@ -168,9 +168,9 @@ def bench_training(model: SmartBert, peer, tokenizer, arguments, device: torch.d
 def bench_run(run: str, arguments, device: torch.device) -> None:
     """Dynamic inference and evaluation of a trained run."""
     settings, model = train.load_run(run, device)
-    task, rounds = data.find_task(settings["task"]), arguments.rounds
+    task, rounds = data.find_task(settings.task), arguments.rounds
     split = data.load_task(task.name, arguments.data_dir)[task.devs[0]]
-    split = data.encode(data.load_tokenizer(run), split, settings["max_length"])
+    split = data.encode(data.load_tokenizer(run), split, settings.max_length)
     points = [OperatingPoint("plain"), OperatingPoint("skip")]
     points += [OperatingPoint(mode, threshold) for mode in ("exit", "both")
                for threshold in (0.03, 0.07, 0.14, 0.28, 0.42)]

@@ -143,7 +143,7 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
     settings, model = train.load_run(finished, torch.device("cpu"))
     training = data.load_task("toy")["train"].select(range(200))
     held = data.encode(
-        data.load_tokenizer(finished), data.hold_out(training, 0.1, settings["seed"])[1]
+        data.load_tokenizer(finished), data.hold_out(training, 0.1, settings.seed)[1]
     )
     assert len(held) == 21        # 7 of each class
     again = []
