@@ -36,8 +36,8 @@ import data
 import train
 from data import Split, Task, UserError
 from smartbert import (Criterion, Outcome, SmartBert, auxiliary_flops, entropy, entropy_below,
-                       first_correct, fixed_layer, flops, layer_flops, patience, plain_flops,
-                       probability_above)
+                       first_correct, fixed_layer, flops, infer, layer_flops, patience,
+                       plain_flops, probability_above)
 
 MAX_DROP = 0.5      # points of score that exits at a chosen threshold may lose on held-out data
 GRID = 250          # thresholds that are tried on held-out data where the user names none
@@ -161,7 +161,8 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
     def seconds(row: Row) -> float:
         start = time.perf_counter()
         for batch in batches:
-            train.run_pool(model, batch, row.gated, row.exits(batch.labels))
+            infer(model, batch.ids, batch.segment_ids, batch.mask, skip=row.gated,
+                  criterion=row.exits(batch.labels))
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

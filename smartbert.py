@@ -6,8 +6,9 @@ layer and decides whether this example runs it. An *exit head* reads what leaves
 decides whether the answer is already certain.
 
 The order: gate and exit head, hard weight, inference for one example, contrast, losses of the two
-training phases, exit criteria, inference for many examples, cost. "Release" means the authors'
-code (github HuBoren99/SmartBert); SmartBert.py:98 means line 98 of its models/SmartBert.py.
+training phases, the methods before it, exit criteria, inference for many examples, cost. "Release"
+means the authors' code (github HuBoren99/SmartBert); SmartBert.py:98 means line 98 of its
+models/SmartBert.py.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
 C classes, N rows of a pool (the examples that one call of `infer` gets), n some of these rows.
@@ -301,6 +302,79 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     return (1 - eta2) * task + eta2 * (sum(pairs) / len(pairs))
 
 
+# --- The methods before it ----------------------------------------------------------------------
+
+# The same encoder and heads with other losses. inputs: ids, segment_ids, mask, each (B, S); labels
+# (B,). Each loss is a scalar. CE_i: the cross-entropy of head i, which reads h_i.
+
+def every_head(model: SmartBert, inputs: tuple) -> list[Tensor]:
+    """Plain BERT with all heads asked: their logits, L tensors (B, C)."""
+    hiddens, m = model.bert(*inputs), mask_or_none(inputs[2])
+    return [head(h, m)[0] for head, h in zip(model.heads, hiddens[1:])]
+
+
+def bert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
+    """CE_L: fine-tuning. It is also the first stage of DeeBERT and FastBERT."""
+    return F.cross_entropy(model(*inputs), labels)
+
+
+def deebert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
+    """sum_i CE_i for i < L, on a frozen encoder: the second stage of DeeBERT (Xin et al. 2020,
+    section 3). SmartBERT's phase 2 is this, with a contrast and on the path of its gates."""
+    *early, _ = every_head(model, inputs)
+    return sum(F.cross_entropy(logits, labels) for logits in early)
+
+
+def fastbert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
+    """sum_i KL( p_L || p_i ) for i < L: FastBERT's self-distillation (Liu et al. 2020, section
+    3.3; run_fastbert.py). The heads learn the last head's answer p_L; labels are not used."""
+    *early, last = every_head(model, inputs)
+    teacher = last.detach().log_softmax(-1)
+    return sum(F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+               for logits in early)
+
+
+def pabee_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
+    """sum_i i CE_i / sum_i i: one stage for encoder and heads, later heads weigh more (PABEE, Zhou
+    et al. 2020, section 3.2; modeling_bert.py). Its exit criterion is `patience`."""
+    losses = [F.cross_entropy(logits, labels) for logits in every_head(model, inputs)]
+    weighted = sum(i * loss for i, loss in enumerate(losses, start=1))
+    return weighted / sum(range(1, len(losses) + 1))
+
+
+def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor,
+                step: int) -> Tensor:
+    """CE_L in even steps, sum_i CE_i in odd ones: one stage that spares the last head (BERxiT, Xin
+    et al. 2021, section 3.2, "alternating"; modeling_highway_bert.py). step: from 0."""
+    if step % 2 == 0:
+        return bert_loss(model, inputs, labels)
+    return sum(F.cross_entropy(logits, labels) for logits in every_head(model, inputs))
+
+
+def layerdrop_loss(model: SmartBert, inputs: tuple, labels: Tensor, drop: float = 0.2) -> Tensor:
+    """CE_L, where every step leaves out each layer with probability `drop` (LayerDrop, Fan et al.
+    2020, section 3). The model can then be used at any depth: see `kept_layers`."""
+    ids, segment_ids, mask = inputs
+    h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
+    for layer in model.bert.layers:
+        if torch.rand(()) >= drop:
+            h = layer(h, m)
+    logits, _ = model.heads[-1](h, m)
+    return F.cross_entropy(logits, labels)
+
+
+def kept_layers(depth: int, L: int) -> list[int]:
+    """The layers (from 0) that a LayerDrop model of L layers keeps at this depth: evenly spaced,
+    as in Fan et al. 2020, section 3.2 ("every other"). The same for all examples."""
+    return [i for i in range(L) if (i + 1) * depth // L > i * depth // L]
+
+
+# The loss of each stage. Stages after the first train the heads 1 .. L-1 alone.
+METHODS = {"smartbert": (phase1_loss, phase2_loss), "bert": (bert_loss,),
+           "deebert": (bert_loss, deebert_loss), "fastbert": (bert_loss, fastbert_loss),
+           "pabee": (pabee_loss,), "berxit": (berxit_loss,), "layerdrop": (layerdrop_loss,)}
+
+
 # --- Exit criteria ------------------------------------------------------------------------------
 
 # An exit criterion decides, right after head i, which of the n rows that reached it exit. Its
@@ -376,7 +450,8 @@ def full_batches(rows: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tupl
 
 @torch.inference_mode()
 def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, skip: bool = True,
-          criterion: Criterion | None = None, batch_tokens: int = 1024) -> Outcome:
+          criterion: Criterion | None = None, layers: list[int] | None = None,
+          batch_tokens: int | None = None) -> Outcome:
     """`infer_one` for a pool of N examples: each layer computes only the rows that run it.
 
     If a batch stayed together, it would shrink as rows skip and exit, and tiny batches use the
@@ -385,7 +460,9 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. criterion: the
     exit criterion, applied after each layer that ran, except layer L; None: no early exit. A row
-    without early exit uses the last head, even if it skipped layer L. Needs eval mode.
+    without early exit uses the last head, even if it skipped layer L. layers: run these alone (from
+    0; default all). batch_tokens: of a batch, by default as many as fill the device. Needs eval
+    mode.
     """
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)
@@ -395,10 +472,14 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     # zeros, not empty: padding has attention weight 0, but 0 * NaN is NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
+    if batch_tokens is None:
+        batch_tokens = 1024 if device.type == "cpu" else 32768
     waiting = torch.arange(N, device=device)
     for rows, s, _ in full_batches(waiting, mask, batch_tokens):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
     for i, layer in enumerate(model.bert.layers):
+        if layers is not None and i not in layers:
+            continue
         running = waiting
         if skip:
             for rows, s, m in full_batches(waiting, mask, batch_tokens):

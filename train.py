@@ -1,4 +1,4 @@
-"""Train SmartBERT in its two phases, or plain BERT with the same recipe.
+"""Train SmartBERT in its two phases, or one of the methods before it with the same recipe.
 
     python train.py                                                      # the toy task, offline
     python train.py --task rte --weights google-bert/bert-base-uncased   # downloaded once
@@ -9,17 +9,19 @@ Phase 1 trains the encoder, the gates, the last head and the projections. Phase 
 trains the other heads (the paper's two training phases; the release's main.py:71-149). The best
 epoch of phase 1 is picked on a held-out part of the training set; the dev set is left to eval.py.
 
-A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt.
+A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt;
+until then checkpoint.pt.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,7 +32,6 @@ import numpy as np
 # RTE more than a gigabyte.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
-import torch.nn.functional as F
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,10 +39,10 @@ from tqdm import tqdm
 import data
 from bert import Bert, BertConfig, load_bert, read_torch_file
 from data import Batch, Split, Task, UserError
-from smartbert import (Criterion, Outcome, SmartBert, entropy_below, infer, phase1_loss,
-                       phase2_loss)
+from smartbert import (METHODS, Criterion, Outcome, SmartBert, berxit_loss, entropy_below, infer,
+                       phase1_loss, phase2_loss)
 
-VERSION = 3             # of the files in a run's folder; another number means another layout
+VERSION = 4             # of the files in a run's folder; another number means another layout
 DEFAULT_WEIGHTS = "google-bert/bert-base-uncased"
 POOL = 1024             # examples that go through inference together: enough for full batches
 
@@ -57,12 +58,14 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
 class Settings:
     """All settings; in the help of each, what it does and its symbol in the paper."""
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
-    method: str = flag("smartbert", "smartbert, or bert for the baseline: no gates, no exits")
-    weights: str | None = flag(None, "pre-trained BERT: a folder, or its name on the hub (default "
-                               f"for a GLUE task: {DEFAULT_WEIGHTS})")
+    method: str = flag("smartbert", "smartbert, bert for the baseline, or a method before it: "
+                                    "deebert, fastbert, pabee, berxit, layerdrop")
+    recipe: str = flag("ours", "default settings: ours, or release for the authors'")
+    weights: str | None = flag(None, "pre-trained BERT: a folder, a finished run, or a name on "
+                               f"the hub (default for a GLUE task: {DEFAULT_WEIGHTS})")
     data_dir: str | None = flag(None, "folder with GLUE's files; without it they are downloaded")
     cache: str | None = flag(None, "folder for downloads (or set SMARTBERT_CACHE)")
-    out: str | None = flag(None, "the run's folder (default: runs/TASK or runs/TASK-bert)")
+    out: str | None = flag(None, "the run's folder (default: runs/TASK or runs/TASK-METHOD)")
     # what makes the gates skip
     budget: float = flag(0.4, "share of the layers to run; more than that is penalised", 0, 1)
     budget_weight: float = flag(10.0, "weight of the budget's penalty", 0, 1e9)
@@ -113,6 +116,14 @@ class Settings:
     def has_gates(self) -> bool:
         return self.method == "smartbert" and not self.no_skipping
 
+    @property
+    def has_phase2(self) -> bool:
+        return self.method in ("smartbert", "deebert", "fastbert") and self.epochs2 > 0
+
+    @property
+    def has_exits(self) -> bool:
+        return self.has_phase2 or self.method in ("pabee", "berxit")
+
 
 # Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
 RECIPES = {
@@ -126,26 +137,32 @@ RECIPES = {
     "rte": dict(lr=5e-5, batch_size=16, epochs1=6, budget=0.6),
     "wnli": dict(batch_size=16),
 }
-# Settings that change no result.
+# The authors' settings (run.sh; for RTE a warm-up of 10 steps is .014 of phase 1).
+RELEASE = dict(lam=0.04, soft_epochs=3, gate_bias=0.0, penalty_start=0.0, lr=2e-5, lr_new=2e-5,
+               batch_size=16, warmup=0.014, epochs1=5, epochs2=4)
+# Settings that only SmartBERT has, and settings that change no result.
+SMARTBERT_ONLY = {"budget", "budget_weight", "lam", "gate_bias", "penalty_start", "penalty_full",
+                  "full_share", "soft_epochs", "eta1", "eta2", "tau1", "tau2", "lr_gates",
+                  "no_skipping", "no_contrast", "soft_gates"}
 NOT_IN_RESULT = {"data_dir", "cache", "out", "device", "resume", "overwrite"}
 
 
 def check(settings: Settings) -> None:
     """Raise UserError for a setting of a wrong type, out of range, or unknown."""
-    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     for f in fields(settings):
-        value, options = getattr(settings, f.name), getattr(f.type, "__args__", (f.type,))
-        kind, low, high = options[0], f.metadata["low"], f.metadata["high"]
+        value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         name = f"--{f.name.replace('_', '-')} {value!r:.60}"
-        if value is None and type(None) in options:
-            continue
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or isinstance(value, bool) and kind is not bool:
-            raise UserError(f"{name}: give {kinds[kind]}")
-        if kind in (int, float) and not low <= value <= high:           # false for NaN as well
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = isinstance(0.5 if is_number and isinstance(0.5, f.type) else value, f.type)
+        if not fits or (isinstance(value, bool) and f.type is not bool):
+            kind = getattr(f.type, "__name__", f.type)
+            raise UserError(f"{name}: give a value of type {kind}")
+        if is_number and not low <= value <= high:                      # false for NaN as well
             raise UserError(f"{name}: give a number from {low:g} to {high:g}")
-    if settings.method not in ("smartbert", "bert"):
-        raise UserError(f"--method {settings.method!r:.60}: use smartbert or bert")
+    for name, options in (("method", METHODS), ("recipe", ("ours", "release"))):
+        if getattr(settings, name) not in options:
+            raise UserError(f"--{name} {getattr(settings, name)!r:.60}: use one of "
+                            f"{', '.join(options)}")
     data.find_task(settings.task)
 
 
@@ -161,26 +178,27 @@ def pick_device(name: str) -> torch.device:
     return torch.device(there[0] if name == "auto" else name)
 
 
-def load_encoder(settings: Settings, folder: Path | None, vocabulary: int) -> Bert:
-    """The pre-trained encoder in a folder, or a small fresh one for the toy task."""
+def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: Task) -> SmartBert:
+    """A SmartBert around the weights in a folder, or around a small fresh encoder for the toy.
+    vocabulary: the tokenizer's words. Raises UserError."""
     dropout = {"hidden_dropout_prob": settings.dropout,
                "attention_probs_dropout_prob": settings.dropout}
+    former = None
     if folder is None:
         # With BERT's deviation of 0.02 so narrow a model stays at chance; 1 / sqrt(H) trains.
         # The inner layer is narrow too, or one layer learns both of the toy's steps by heart.
-        return Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
+        bert = Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
                                num_attention_heads=4, intermediate_size=128,
                                max_position_embeddings=128, initializer_range=64**-0.5, **dropout))
-    try:
-        return load_bert(folder, **dropout)
-    except ValueError as error:
-        raise UserError(error)
-
-
-def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: Task) -> SmartBert:
-    """A SmartBert around the weights in a folder. vocabulary: the tokenizer's words. Raises
-    UserError."""
-    bert = load_encoder(settings, folder, vocabulary)
+    elif is_run(folder):
+        former = load_run(folder, torch.device("cpu"))[1]
+        bert = Bert(replace(former.bert.config, **dropout))
+        bert.load_state_dict(former.bert.state_dict())
+    else:
+        try:
+            bert = load_bert(folder, **dropout)
+        except ValueError as error:
+            raise UserError(error)
     config = bert.config
     if config.vocab_size < vocabulary:                  # spare rows beyond the vocabulary are fine
         raise UserError(f"{folder}: vocab.txt has {vocabulary} words, but the weights have only "
@@ -191,12 +209,15 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
     if task.columns and task.columns[1] and config.type_vocab_size < 2:
         raise UserError(f"{folder} has {config.type_vocab_size} segment embedding, but "
                         f"{task.name} has sentence pairs: take other weights, or another task")
-    if settings.method == "smartbert" and config.num_hidden_layers < 2:
+    if settings.method != "bert" and config.num_hidden_layers < 2:
         raise UserError(f"{folder} has a single layer, so nothing can be skipped: take deeper "
                         f"weights")
     # No skipping: gates that start at g = sigmoid(-30), about 0, and are not trained.
     bias = -30.0 if settings.no_skipping else settings.gate_bias
-    return SmartBert(bert, len(task.labels), bias)
+    model = SmartBert(bert, len(task.labels), bias)
+    if former and former.heads[-1].out.out_features == len(task.labels):
+        model.heads[-1].load_state_dict(former.heads[-1].state_dict())
+    return model
 
 
 def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, dict]:
@@ -211,14 +232,13 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
 
 def set_up(settings: Settings) -> tuple:
     """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
-    split that judges epochs and this split, and what identifies the data. Completes the settings.
-    Raises UserError."""
-    check(settings)
+    split that judges epochs and this split, what identifies the data, and whether phase 1 is done
+    already. Completes the settings. Raises UserError."""
     device, task = pick_device(settings.device), data.find_task(settings.task)
     if task.name != "toy" and not settings.weights:
         settings.weights = DEFAULT_WEIGHTS
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
-    if folder is None:      # the toy's tensors are tiny: a second thread would only cost time
+    if task.name == "toy":  # its tensors are tiny: a second thread would only cost time
         torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
@@ -231,9 +251,21 @@ def set_up(settings: Settings) -> tuple:
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
     if settings.lr is None:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
+    started = folder is not None and is_run(folder) and has_stage1(folder, settings, identity)
     training = data.encode(tokenizer, training, settings.max_length)
     validation = data.encode(tokenizer, validation, settings.max_length)
-    return model, tokenizer, training, name, validation, identity
+    return model, tokenizer, training, name, validation, identity, started
+
+
+def has_stage1(folder: Path, settings: Settings, identity: dict) -> bool:
+    """Whether the run in this folder is a plain BERT, which is phase 1 of DeeBERT and FastBERT.
+    Raises UserError where it saw other data of the same task: it may have been trained on rows
+    that are held out here."""
+    former = read_settings(folder)
+    if former.task != settings.task:
+        return False
+    check_data(folder, identity)
+    return former.method == "bert" and settings.method in ("deebert", "fastbert")
 
 
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
@@ -243,14 +275,16 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     README, deviation 6).
     """
     model.requires_grad_(False)
-    if phase == 1:
+    if phase == 2:
+        groups = [(model.heads[:-1], settings.lr_new)]
+    elif settings.method in ("pabee", "berxit"):        # all heads in one stage
+        groups = [(model.bert, settings.lr), (model.heads, settings.lr_new)]
+    else:
         groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new),
                   (model.projections, settings.lr_new)]
-        if settings.has_gates:
-            lr_gates = settings.lr_new if settings.lr_gates is None else settings.lr_gates
-            groups.append((model.gates, lr_gates))
-    else:
-        groups = [(model.heads[:-1], settings.lr_new)]
+    if phase == 1 and settings.has_gates:
+        lr_gates = settings.lr_new if settings.lr_gates is None else settings.lr_gates
+        groups.append((model.gates, lr_gates))
     parameters = []
     for module, lr in groups:
         module.requires_grad_(True)
@@ -270,18 +304,13 @@ def pools(split: Split, device: str | torch.device = "cpu") -> list[Batch]:
     return [batch.to(device) for batch in data.batches(split, size)]
 
 
-def run_pool(model: SmartBert, batch: Batch, skip: bool, criterion: Criterion | None) -> Outcome:
-    """`infer` on one pool, with larger batches on a GPU, which small ones would not fill."""
-    return infer(model, batch.ids, batch.segment_ids, batch.mask, skip=skip, criterion=criterion,
-                 batch_tokens=1024 if batch.ids.device.type == "cpu" else 32768)
-
-
-def predict(model: SmartBert, batches: list[Batch], skip: bool,
-            criterion: Criterion | None) -> Outcome:
+def predict(model: SmartBert, batches: list[Batch], skip: bool, criterion: Criterion | None,
+            layers: list[int] | None = None) -> Outcome:
     """The outcome of a whole split, in its order (N rows), on the CPU. Sets eval mode. The
     criterion must not use row numbers, because they count from 0 in each pool."""
     model.eval()
-    parts = [vars(run_pool(model, batch, skip, criterion)).values() for batch in batches]
+    parts = [vars(infer(model, batch.ids, batch.segment_ids, batch.mask, skip=skip,
+                        criterion=criterion, layers=layers)).values() for batch in batches]
     order = torch.cat([batch.index for batch in batches]).argsort().cpu()
     return Outcome(*(torch.cat(values).cpu()[order] for values in zip(*parts)))
 
@@ -318,18 +347,20 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
         group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling)
 
 
-def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, progress: float,
-            hard: bool) -> dict[str, Tensor]:
+def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, step: int,
+            progress: float, hard: bool) -> dict[str, Tensor]:
     """The step's loss, and what it is made of: scalars, and run, the share of the examples that
     ran each layer, (L,)."""
-    inputs = (batch.ids, batch.segment_ids, batch.mask, batch.labels)
-    if settings.method == "bert":
-        return {"loss": F.cross_entropy(model(*inputs[:3]), batch.labels)}
+    inputs, labels = (batch.ids, batch.segment_ids, batch.mask), batch.labels
+    if settings.method == "berxit":
+        return {"loss": berxit_loss(model, inputs, labels, step)}
+    if settings.method != "smartbert":
+        return {"loss": METHODS[settings.method][phase - 1](model, inputs, labels)}
     eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
     if phase == 2:
-        return {"loss": phase2_loss(model, *inputs, eta2=eta2, tau2=settings.tau2,
+        return {"loss": phase2_loss(model, *inputs, labels, eta2=eta2, tau2=settings.tau2,
                                     full_share=settings.full_share)}
-    result = phase1_loss(model, *inputs, hard=hard, penalty=penalty_now(settings, progress),
+    result = phase1_loss(model, *inputs, labels, hard=hard, penalty=penalty_now(settings, progress),
                          eta1=eta1, tau1=settings.tau1, full_share=settings.full_share)
     return vars(result) | {"run": result.run.mean(0)}
 
@@ -355,7 +386,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
         done, steps = epoch * len(order) + step, epochs * len(order)    # of the phase
         set_rates(optimizer, settings, done, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            parts = loss_of(model, batch, settings, phase, done / steps, hard)
+            parts = loss_of(model, batch, settings, phase, done, done / steps, hard)
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
@@ -369,8 +400,6 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1} of phase {phase}, epoch "
                                 f"{epoch + 1}: try a lower --lr or --lr-new")
-            bar.set_postfix(loss=f"{loss:.3f}", run=f"{np.mean(log[-1].get('run', 1)):.2f}",
-                            refresh=False)
     return log
 
 
@@ -393,10 +422,10 @@ def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> d
 
     A budget is met within a tenth. With lambda there is none, so no epoch meets it.
     """
+    budget = settings.budget if settings.lam is None else 0.0
     full = settings.penalty_full if settings.lam is None else settings.penalty_start
     return {"hard": epoch >= settings.soft_epochs or settings.soft_gates,
-            "met": not settings.has_gates or (settings.lam is None
-                                              and share <= 1.1 * settings.budget),
+            "met": not settings.has_gates or share <= 1.1 * budget,
             "full": (epoch + 1) / settings.epochs1 > full, "score": score, "share": share}
 
 
@@ -419,61 +448,62 @@ def is_better(new: dict, best: dict | None) -> bool:
 # --- Both phases --------------------------------------------------------------------------------
 
 def train(settings: Settings) -> Path:
-    """Both phases (or the baseline), epoch by epoch; returns the run's folder. Raises UserError.
+    """Both phases, or what the method has of them; returns the run's folder. Raises UserError.
 
     After every epoch checkpoint.pt holds all that is needed to continue with the same result.
     """
-    model, tokenizer, training, name, validation, identity = set_up(settings)
-    device, task = next(model.parameters()).device, data.find_task(settings.task)
-    out, validation_pools = open_folder(settings), pools(validation, device)
-    write_identity(out, identity, tokenizer)
+    check(settings)
+    out = find_folder(settings)
+    model, tokenizer, training, name, validation, identity, started = set_up(settings)
+    device, task, L = next(model.parameters()).device, data.find_task(settings.task), len(model.gates)
+    validation_pools = pools(validation, device)
+    schedule = [(1, epoch) for epoch in range(settings.epochs1)]
+    schedule += [(2, epoch) for epoch in range(settings.epochs2 * settings.has_phase2)]
+    state = {"done": settings.epochs1 * started, "best": None, "best_model": None, "log": []}
+    optimizer = None
+    if settings.resume and (out / "settings.json").is_file():
+        check_same(out, settings, identity)
+    else:
+        start_over(out, settings, identity, tokenizer)
     if (out / "model.pt").is_file():
         load_run(out, device)                           # or it says what is wrong with it
-        remove_leftovers(out)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{out} is finished already")
         return out
-
-    schedule = [(1, epoch) for epoch in range(settings.epochs1)]
-    if settings.method == "smartbert":
-        schedule += [(2, epoch) for epoch in range(settings.epochs2)]
-    log, best, done, before, optimizer = [], None, 0, None, None
     if (out / "checkpoint.pt").is_file():
-        before = load_file(out / "checkpoint.pt")
-        done, best, log = before["done"], before["best"], before["log"]
-        model.load_state_dict(before["model"])
-        say(f"resuming {out} after {done} of {len(schedule)} epochs")
+        state = load_file(out / "checkpoint.pt")
+        model.load_state_dict(state["model"])
+        say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
-    for number, (phase, epoch) in list(enumerate(schedule))[done:]:
-        if (phase, epoch) == (2, 0):                    # phase 2 starts from the best of phase 1
-            model.load_state_dict(load_file(out / "phase1.pt")["model"])
+    for phase, epoch in schedule[state["done"]:]:
+        if phase == 2 and epoch == 0 and state["best_model"]:
+            model.load_state_dict(state["best_model"])
         if optimizer is None or epoch == 0:
             optimizer = make_optimizer(model, settings, phase)
-        if before:
-            restore(before, optimizer if epoch > 0 else None, device)
-            before = None
+        if "optimizer" in state:
+            restore(state, optimizer if epoch > 0 else None, device)
         start = time.time()
-        log += train_epoch(model, optimizer, training, settings, phase, epoch)
-        loss = log[-1]["loss"]
+        state["log"] += train_epoch(model, optimizer, training, settings, phase, epoch)
+        loss = state["log"][-1]["loss"]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             seen = validate(model, validation, validation_pools, settings, phase)
-        score, seconds, L = seen[task.metrics[0]], time.time() - start, len(model.gates)
-        log.append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1), name: seen})
-        epochs = settings.epochs1 if phase == 1 else settings.epochs2
-        say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss:.3f}  {name} {score:.3f} with "
-            f"{seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
-        if phase == 1:
-            new = judge_epoch(settings, epoch, score, seen["layers"] / L)
-            if is_better(new, best):
-                best = new
-                save_model(out / "phase1.pt", model)
-        lines = "".join(json.dumps(record) + "\n" for record in log)
-        data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-        save_checkpoint(out, model, optimizer, number + 1, best, log)
+        score, seconds = seen[task.metrics[0]], time.time() - start
+        state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
+                             name: seen})
+        say(f"phase {phase} epoch {epoch + 1}/{settings.epochs1 if phase == 1 else settings.epochs2}"
+            f"  loss {loss:.3f}  {name} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
+            f"({seconds:.0f} s)")
+        new = judge_epoch(settings, epoch, score, seen["layers"] / L)
+        if phase == 1 and is_better(new, state["best"]):
+            state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
+        state["done"] += 1
+        save_progress(out, model, optimizer, state)
 
     if schedule[-1][0] == 1:
-        model.load_state_dict(load_file(out / "phase1.pt")["model"])
-    save_model(out / "model.pt", model)
-    remove_leftovers(out)
+        model.load_state_dict(state["best_model"])
+    save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
+         classes=len(task.labels))
+    (out / "checkpoint.pt").unlink(missing_ok=True)     # a finished run needs it no longer
     return out
 
 
@@ -483,12 +513,9 @@ def read_settings(folder: Path) -> Settings:
     """The settings of a run. Raises UserError where settings.json is missing, damaged or of
     another version."""
     path = folder / "settings.json"
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: name one that train.py made, such as "
-                        f"runs/toy")
     if not path.is_file():
-        raise UserError(f"{folder} has no settings.json, so it holds no run: name a folder that "
-                        f"train.py made, such as runs/toy")
+        raise UserError(f"{folder} is not there or has no settings.json, so it holds no run: name "
+                        f"a folder that train.py made, such as runs/toy")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         settings = Settings(**values)
@@ -503,19 +530,19 @@ def read_settings(folder: Path) -> Settings:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py made this folder: it holds settings, or damaged settings and a model."""
+    """Whether train.py made this folder: it has settings, and a model or sound settings."""
+    if any((folder / name).is_file() for name in ("model.pt", "checkpoint.pt")):
+        return (folder / "settings.json").is_file()
     try:
-        read_settings(folder)
-        return True
+        return bool(read_settings(folder))
     except UserError:
-        models = [folder / "model.pt", folder / "checkpoint.pt"]
-        return (folder / "settings.json").is_file() and any(path.is_file() for path in models)
+        return False
 
 
-def open_folder(settings: Settings) -> Path:
-    """The run's folder: a new one, one to be resumed, or one to start over. Raises UserError."""
-    default = f"runs/{settings.task}{'-bert' * (settings.method == 'bert')}"
-    out = Path(os.path.expanduser(settings.out or default))
+def find_folder(settings: Settings) -> Path:
+    """The run's folder. Nothing in it changes yet. Raises UserError where it must not be used."""
+    suffix = "" if settings.method == "smartbert" else f"-{settings.method}"
+    out = Path(os.path.expanduser(settings.out or f"runs/{settings.task}{suffix}"))
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -523,27 +550,50 @@ def open_folder(settings: Settings) -> Path:
     if foreign and not is_run(out):
         raise UserError(f"--out {out} is not empty and holds no run, but files such as "
                         f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
-    if settings.resume and foreign:
-        before, now = asdict(read_settings(out)), asdict(settings)
-        for name in now.keys() - NOT_IN_RESULT:
-            if before[name] != now[name]:
-                raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}"
-                                f": resume with the same settings")
-        return out
-    if settings.resume:
-        say(f"nothing to resume in {out}: starting from the beginning")
-    if {"checkpoint.pt", "model.pt"} & set(names) and not settings.overwrite:
+    there = {"checkpoint.pt", "model.pt"} & set(names)
+    if there and not settings.resume and not settings.overwrite:
         raise UserError(f"{out} already holds a run: continue it with --resume, replace it with "
                         f"--overwrite, or name another folder with --out")
+    if settings.resume and not foreign:
+        say(f"nothing to resume in {out}: starting from the beginning")
+    return out
+
+
+def start_over(out: Path, settings: Settings, identity: dict,
+               tokenizer: BertWordPieceTokenizer) -> None:
+    """Make the folder of a new run; a run that is there goes. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
-    for pattern in "checkpoint.pt phase1.pt model.pt log.jsonl data.json eval*.json".split():
+    for pattern in "checkpoint.pt model.pt log.jsonl eval*.json".split():
         for stale in out.glob(pattern):
             stale.unlink()
+    data.write_json(out / "data.json", identity)
+    data.write_vocabulary(tokenizer, out)
     data.write_json(out / "settings.json", asdict(settings))
-    return out
+
+
+def check_same(out: Path, settings: Settings, identity: dict) -> None:
+    """Raise UserError where the run to be resumed had other settings or data."""
+    before, now = asdict(read_settings(out)), asdict(settings)
+    for name in now.keys() - NOT_IN_RESULT:
+        if before[name] != now[name]:
+            raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}: "
+                            f"resume with the same settings")
+    check_data(out, identity)
+
+
+def check_data(folder: Path, identity: dict) -> None:
+    """Raise UserError where a run was made from other data than these."""
+    path = folder / "data.json"
+    try:
+        same = json.loads(path.read_text()) == identity
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged: train again with --overwrite")
+    if not same:
+        raise UserError(f"{folder} was trained on another train.tsv, or held out other rows of it "
+                        f"(--seed, --limit, --held-out): name the same data with --data-dir")
 
 
 def save(path: Path, **content) -> None:
@@ -583,55 +633,29 @@ def of_result(settings: Settings) -> dict:
     return kept | {"weights": settings.weights and Path(settings.weights).name}
 
 
-def write_identity(out: Path, identity: dict, tokenizer: BertWordPieceTokenizer) -> None:
-    """data.json and the vocabulary. Raises UserError where a run in this folder had other data."""
-    if (out / "checkpoint.pt").is_file() or (out / "model.pt").is_file():
-        check_data(out, identity)
-    else:
-        data.write_json(out / "data.json", identity)
-    data.write_vocabulary(tokenizer, out)
-
-
-def check_data(folder: Path, identity: dict) -> None:
-    """Raise UserError where a run was made from other data than these."""
-    path = folder / "data.json"
-    try:
-        same = json.loads(path.read_text()) == identity
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or damaged: train again with --overwrite")
-    if not same:
-        raise UserError(f"{folder} was trained on another train.tsv than the present one, so its "
-                        f"held-out examples are unknown: name the former folder with --data-dir")
-
-
-def save_model(path: Path, model: SmartBert) -> None:
-    save(path, model=model.state_dict(), config=asdict(model.bert.config),
-         classes=model.heads[-1].out.out_features)
-
-
-def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer, done: int,
-                    best: dict | None, log: list[dict]) -> None:
-    """All that a run needs to continue. done: epochs of both phases; best: of phase 1."""
+def save_progress(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
+                  state: dict) -> None:
+    """The log, and checkpoint.pt with all that a run needs to continue. state: the epochs done (of
+    both phases), the best of phase 1, its weights and the log."""
+    lines = "".join(json.dumps(record) + "\n" for record in state["log"])
+    data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
     on_gpu = next(model.parameters()).device.type == "cuda"
-    save(out / "checkpoint.pt", done=done, best=best, log=log, model=model.state_dict(),
+    save(out / "checkpoint.pt", **state, model=model.state_dict(),
          optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
          cuda_rng=torch.cuda.get_rng_state() if on_gpu else None)
 
 
-def restore(before: dict, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
-    """Restore a checkpoint's optimizer and random numbers. optimizer: None where a phase
-    begins."""
+def restore(state: dict, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
+    """Take a checkpoint's optimizer and random numbers out of the state. optimizer: None where a
+    phase begins."""
+    for name in ("version", "model"):
+        del state[name]
+    before, rng, cuda_rng = (state.pop(name) for name in ("optimizer", "rng", "cuda_rng"))
     if optimizer is not None:
-        optimizer.load_state_dict(before["optimizer"])
-    torch.set_rng_state(before["rng"])
-    if before["cuda_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(before["cuda_rng"])
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what a finished run no longer needs, also where it was killed before this."""
-    for name in ("checkpoint.pt", "phase1.pt"):
-        (out / name).unlink(missing_ok=True)
+        optimizer.load_state_dict(before)
+    torch.set_rng_state(rng)
+    if cuda_rng is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda_rng)
 
 
 # --- From the command line ----------------------------------------------------------------------
@@ -655,28 +679,38 @@ def say(text: str) -> None:
 
 
 def parse(arguments: list[str] | None) -> Settings:
-    """The settings from the command line, over the task's recipe, over the defaults."""
-    first = argparse.ArgumentParser(add_help=False)     # for the task, which decides on defaults
+    """The settings from the command line, over the task's recipe, over the defaults. Raises
+    UserError for a flag that the method does not have."""
+    first = argparse.ArgumentParser(add_help=False)     # for what decides on the defaults
     first.add_argument("--task", default="toy")
-    recipe = RECIPES.get(first.parse_known_args(arguments)[0].task, {})
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    first.add_argument("--recipe")
+    known = first.parse_known_args(arguments)[0]
+    recipe = RELEASE if known.recipe == "release" else RECIPES.get(known.task, {})
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        kind = getattr(f.type, "__args__", (f.type,))[0]                # of str | None: str
-        if kind is bool:
+        kind, default = getattr(f.type, "__args__", (f.type,))[0], recipe.get(f.name, f.default)
+        if kind is bool:                                                # str | None: str
             parser.add_argument(name, action="store_true", help=help)
         else:
-            default = "" if f.default is None else " (default: %(default)s)"
-            parser.add_argument(name, type=kind, default=f.default, help=help + default)
-    parser.set_defaults(**recipe)
-    return Settings(**vars(parser.parse_args(arguments)))
+            default = "" if default is None else f" (default: {default})"
+            parser.add_argument(name, type=kind, help=help + default)
+    given = vars(parser.parse_args(arguments))
+    settings = Settings(**recipe | given)
+    foreign = set() if settings.method == "smartbert" else SMARTBERT_ONLY & given.keys()
+    if "epochs2" in given and settings.method in METHODS and not settings.has_phase2:
+        foreign |= {"epochs2"} if settings.epochs2 else set()
+    if foreign:
+        raise UserError(f"--{min(foreign).replace('_', '-')} means nothing to --method "
+                        f"{settings.method}: leave it out")
+    return settings
 
 
 def main(arguments: list[str] | None = None) -> None:
     open_streams()
-    settings = parse(arguments)
     try:
-        out = train(settings)
+        out = train(parse(arguments))
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
