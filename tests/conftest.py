@@ -24,6 +24,24 @@ def shared() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """refused(main, arguments, *words): the script ends with status 2, one line on stderr, and the
+    words that help."""
+
+    def check(main, arguments, *words: str) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:  # any other exception would be a traceback
+            main([str(argument) for argument in arguments])
+        line = capsys.readouterr().err.strip().splitlines()[-1]  # argparse puts its usage above
+        assert stop.value.code == 2
+        for word in words:
+            assert word in line
+
+    monkeypatch.chdir(tmp_path)
+    return check
+
+
 def tiny_model(
     seed: int = 0, classes: int = 3, layers: int = 5, dropout: float = 0.0
 ) -> SmartBert:
