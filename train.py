@@ -26,8 +26,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C before main: no traceback
-import numpy as np
-
 # Set before torch is imported: in bf16 on a CPU, oneDNN caches kernels for each shape of batch, on
 # RTE more than a gigabyte.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -58,26 +56,22 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
 class Settings:
     """All settings; in the help of each, what it does and its symbol in the paper."""
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
-    method: str = flag("smartbert", "smartbert, bert for the baseline, or a method before it: "
-                                    "deebert, fastbert, pabee, berxit, layerdrop")
+    method: str = flag("smartbert", f"one of {', '.join(METHODS)}; bert is the baseline")
     recipe: str = flag("ours", "default settings: ours, or release for the authors'")
-    weights: str | None = flag(None, "pre-trained BERT: a folder, a finished run, or a name on "
-                               f"the hub (default for a GLUE task: {DEFAULT_WEIGHTS})")
+    weights: str | None = flag(None, "BERT: a folder, a finished run, or a name on the hub "
+                                     f"(default for a GLUE task: {DEFAULT_WEIGHTS})")
     data_dir: str | None = flag(None, "folder with GLUE's files; without it they are downloaded")
     cache: str | None = flag(None, "folder for downloads (or set SMARTBERT_CACHE)")
     out: str | None = flag(None, "the run's folder (default: runs/TASK or runs/TASK-METHOD)")
     # what makes the gates skip
     budget: float = flag(0.4, "share of the layers to run; more than that is penalised", 0, 1)
     budget_weight: float = flag(10.0, "weight of the budget's penalty", 0, 1e9)
-    lam: float | None = flag(None, "lambda, weight of the paper's penalty, used in place of the "
-                             "budget (the release's value for RTE: 0.04)", 0, 1e9)
-    gate_bias: float = flag(-2.0, "bias of the gates at the start: at -2, g = .12 and layers run; "
-                            "the release starts at 0", -100, 100)
+    lam: float | None = flag(None, "lambda of the paper's penalty, in place of the budget", 0, 1e9)
+    gate_bias: float = flag(-2.0, "bias of the gates at the start: at -2, g = .12", -100, 100)
     penalty_start: float = flag(0.3, "share of phase 1 before the gates are trained", 0, 0.99)
     penalty_full: float = flag(0.6, "share of phase 1 after which the full budget holds", 0, 0.99)
-    full_share: float = flag(0.0, "share of the examples that run every layer in training, "
-                             "whatever their gates say", 0, 1)
-    soft_epochs: int = flag(0, "epochs of phase 1 with soft gates; the release: 3 of 5", 0, 10_000)
+    full_share: float = flag(0.0, "share of examples that run every layer in training", 0, 1)
+    soft_epochs: int = flag(0, "epochs of phase 1 with soft gates", 0, 10_000)
     # the contrast
     eta1: float = flag(0.01, "eta_1, weight of phase 1's contrast", 0, 1)
     eta2: float = flag(0.05, "eta_2, weight of phase 2's contrast", 0, 1)
@@ -87,18 +81,16 @@ class Settings:
     epochs1: int = flag(5, "epochs of phase 1", 1, 10_000)
     epochs2: int = flag(2, "epochs of phase 2; 0: gates only", 0, 10_000)
     batch_size: int = flag(32, "examples in a step", 1, 1_000_000)
-    lr: float | None = flag(None, "learning rate of the encoder (default: 1e-4 up to H = 384, "
-                            "else 3e-5)", 0, 1e9)
+    lr: float | None = flag(None, "the encoder's learning rate (default: 1e-4, 3e-5 if H > 384)",
+                            0, 1e9)
     lr_new: float = flag(1e-3, "learning rate of gates, heads and projections", 0, 1e9)
     lr_gates: float | None = flag(None, "learning rate of the gates (default: --lr-new)", 0, 1e9)
-    warmup: float = flag(0.06, "share of each schedule in which the learning rate rises; phase 1 "
-                         "has two, without and with the gates", 0, 0.99)
+    warmup: float = flag(0.06, "share of each schedule in which learning rates rise", 0, 0.99)
     weight_decay: float = flag(0.01, "AdamW's; not on biases and LayerNorm", 0, 1e9)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set held out to select epoch and "
-                           "threshold; 0: the dev set selects the epoch", 0, 0.99)
+    held_out: float = flag(0.1, "share of the training set that selects epoch and threshold", 0, 0.99)
     limit: int | None = flag(None, "use only so many training examples", 1, 1e9)
     seed: int = flag(50, "of weights, order and dropout", 0, 1e9)
     # the paper's ablations
@@ -107,8 +99,7 @@ class Settings:
     soft_gates: bool = flag(False, "ablation: no hard weight, gates stay soft through phase 1")
     # the machine
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    bf16: bool = flag(False, "autocast to bfloat16: faster on GPUs and on CPUs with AMX or "
-                      "AVX512-BF16, much slower on other CPUs")
+    bf16: bool = flag(False, "bfloat16: faster on GPUs and on CPUs with AMX or AVX512-BF16 alone")
     resume: bool = flag(False, "continue a run that was stopped, from the end of its last epoch")
     overwrite: bool = flag(False, "start over in a folder that already holds a run")
 
@@ -397,6 +388,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
             for name in parts:
                 log[-1][name] = torch.stack([r[name] for r in recent]).float().mean(0).tolist()
             loss, recent = log[-1]["loss"], []
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1} of phase {phase}, epoch "
                                 f"{epoch + 1}: try a lower --lr or --lr-new")
@@ -455,12 +447,10 @@ def train(settings: Settings) -> Path:
     check(settings)
     out = find_folder(settings)
     model, tokenizer, training, name, validation, identity, started = set_up(settings)
-    device, task, L = next(model.parameters()).device, data.find_task(settings.task), len(model.gates)
-    validation_pools = pools(validation, device)
+    device, task = next(model.parameters()).device, data.find_task(settings.task)
+    validation_pools, L = pools(validation, device), len(model.gates)
     schedule = [(1, epoch) for epoch in range(settings.epochs1)]
     schedule += [(2, epoch) for epoch in range(settings.epochs2 * settings.has_phase2)]
-    state = {"done": settings.epochs1 * started, "best": None, "best_model": None, "log": []}
-    optimizer = None
     if settings.resume and (out / "settings.json").is_file():
         check_same(out, settings, identity)
     else:
@@ -470,9 +460,12 @@ def train(settings: Settings) -> Path:
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{out} is finished already")
         return out
+    state = {"done": settings.epochs1 * started, "best": None, "best_model": None, "log": []}
+    before, optimizer = None, None
     if (out / "checkpoint.pt").is_file():
-        state = load_file(out / "checkpoint.pt")
-        model.load_state_dict(state["model"])
+        before = load_file(out / "checkpoint.pt")
+        state = before["state"]
+        model.load_state_dict(before["model"])
         say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
     for phase, epoch in schedule[state["done"]:]:
@@ -480,8 +473,9 @@ def train(settings: Settings) -> Path:
             model.load_state_dict(state["best_model"])
         if optimizer is None or epoch == 0:
             optimizer = make_optimizer(model, settings, phase)
-        if "optimizer" in state:
-            restore(state, optimizer if epoch > 0 else None, device)
+        if before:
+            restore(before, optimizer if epoch > 0 else None)
+            before = None
         start = time.time()
         state["log"] += train_epoch(model, optimizer, training, settings, phase, epoch)
         loss = state["log"][-1]["loss"]
@@ -490,9 +484,9 @@ def train(settings: Settings) -> Path:
         score, seconds = seen[task.metrics[0]], time.time() - start
         state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
                              name: seen})
-        say(f"phase {phase} epoch {epoch + 1}/{settings.epochs1 if phase == 1 else settings.epochs2}"
-            f"  loss {loss:.3f}  {name} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
-            f"({seconds:.0f} s)")
+        epochs = settings.epochs1 if phase == 1 else settings.epochs2
+        say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss:.3f}  {name} {score:.3f} with "
+            f"{seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
         new = judge_epoch(settings, epoch, score, seen["layers"] / L)
         if phase == 1 and is_better(new, state["best"]):
             state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
@@ -639,23 +633,19 @@ def save_progress(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
     both phases), the best of phase 1, its weights and the log."""
     lines = "".join(json.dumps(record) + "\n" for record in state["log"])
     data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    save(out / "checkpoint.pt", **state, model=model.state_dict(),
-         optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-         cuda_rng=torch.cuda.get_rng_state() if on_gpu else None)
+    save(out / "checkpoint.pt", state=state, model=model.state_dict(), rng=torch.get_rng_state(),
+         optimizer=optimizer.state_dict(),
+         cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
 
-def restore(state: dict, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
-    """Take a checkpoint's optimizer and random numbers out of the state. optimizer: None where a
-    phase begins."""
-    for name in ("version", "model"):
-        del state[name]
-    before, rng, cuda_rng = (state.pop(name) for name in ("optimizer", "rng", "cuda_rng"))
+def restore(before: dict, optimizer: torch.optim.Optimizer | None) -> None:
+    """Restore a checkpoint's optimizer and random numbers. optimizer: None where a phase
+    begins."""
     if optimizer is not None:
-        optimizer.load_state_dict(before)
-    torch.set_rng_state(rng)
-    if cuda_rng is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda_rng)
+        optimizer.load_state_dict(before["optimizer"])
+    torch.set_rng_state(before["rng"])
+    if before["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(before["cuda_rng"])
 
 
 # --- From the command line ----------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path, refused):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    state = train.load_file(out / "checkpoint.pt")
+    state = train.load_file(out / "checkpoint.pt")["state"]
     assert (
         state["done"] >= 1
         and sum("held-out" in record for record in state["log"]) == state["done"]
@@ -292,7 +292,7 @@ def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
 
     def noted(path, **content):
         if path.name == "checkpoint.pt":
-            kept.append(content["best"]["score"])
+            kept.append(content["state"]["best"]["score"])
         save(path, **content)
 
     monkeypatch.setattr(
