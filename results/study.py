@@ -1,9 +1,9 @@
-"""The tables and the picture of a study: mean and spread over seeds, beside plain BERT.
+"""The tables and the picture of a study: mean and spread over seeds, all methods side by side.
 
     python results/study.py results/*-*.json                        # at the chosen thresholds
     python results/study.py results/*-*.json --target-speedup 2.5   # for two fifths of the FLOPs
     python results/study.py results/*-*.json --at 0.3 0.4 0.5       # at equal FLOPs
-    python results/study.py results/*-*.json --plot                    # study.png beside the first
+    python results/study.py results/*-*.json --plot                 # study.png beside the first
 
 Each file is an eval.json that eval.py wrote, or the folder of a run that holds one.
 """
@@ -25,6 +25,13 @@ from eval import MAX_DROP, MODES, Row, at_cost, choose
 
 # Settings of older files under their present names.
 FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}
+
+
+# Colour and style of a curve: method and mode.
+LOOKS = {("smartbert", "both"): ("#0072B2", "-"), ("smartbert", "exit"): ("#E69F00", "--"),
+         ("smartbert", "skip"): ("#009E73", "D"), ("deebert", "exit"): ("#D55E00", "-"),
+         ("fastbert", "exit"): ("#CC79A7", "-"), ("pabee", "exit"): ("#56B4E9", "-"),
+         ("berxit", "exit"): ("#7F3C8D", "-"), ("layerdrop", "pruned"): ("black", ":")}
 
 
 @dataclass
@@ -73,7 +80,13 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
     """The eval.json files of a study: (data, weights, method, what is unusual) -> its seeds, each
     with the rows that `choose` takes. Raises UserError."""
     files = [path / "eval.json" if path.is_dir() else path for path in map(Path, paths)]
+    names = [path.name if path.is_dir() else path.stem for path in map(Path, paths)]
     results, study = [read_result(path) for path in files], {}
+    start_of = {name: result.kind[1] for name, result in zip(names, results)}
+    for result in results:      # a run that started from another of these has that one's weights
+        data, weights, method = result.kind
+        result.kind = (data, start_of.get(weights, weights), method)
+        result.settings["weights"] = result.kind[1]
     for path, result in zip(files, results):
         choose(result.rows, max_drop, speedup)
         if not any(row.chosen for row in result.rows):
@@ -128,26 +141,37 @@ def summary(study: dict) -> str:
 
 
 def at_costs(study: dict, costs: list[float]) -> str:
-    """Score of exits alone and of both at the same shares of plain BERT's FLOPs, and the mean and
-    spread over the seeds of both minus exits alone of the same run, in points."""
+    """The score of every method at the same shares of plain BERT's FLOPs: mean and spread over the
+    seeds, and in brackets the points by which it differs from SmartBERT's gates and exits with the
+    same seed: those of the same run, or else of SmartBERT as usual."""
     heading, *names = names_of(study)
-    lines = [f"{heading} {'FLOPs':>5} {'exit':>14} {'both':>14} {'both - exit, points':>20}"]
-    for name, seeds in zip(names, study.values()):
-        pairs = [(result.curves["exit"], result.curves["both"]) for result in seeds
-                 if {"exit", "both"} <= result.curves.keys()]
-        for cost in costs if pairs else []:
-            exits, both = ([at_cost(curve, cost) for curve in curves] for curves in zip(*pairs))
-            points = [100 * (b - e) for e, b in zip(exits, both)]
-            spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
-            lines.append(f"{name} {cost:>5.2f} {cell(exits):>14} {cell(both):>14} "
-                         f"{np.mean(points):>+13.1f}{spread}".replace("nan +- nan", "-")
-                         .replace("+nan", "-").replace("nan", "-"))
-    return "\n".join(lines) + "\n(-: a seed has no threshold at this cost)"
+    lines = [f"{heading} {'mode':<6} {'seeds':>5}" + "".join(f" {cost:>30.2f}" for cost in costs)]
+    for name, ((data, weights, *_), seeds) in zip(names, study.items()):
+        rivals = {result.settings["seed"]: result
+                  for result in study.get((data, weights, "smartbert", ""), [])}
+        for mode in ("exit", "both", "pruned"):
+            runs = [result for result in seeds if mode in result.curves]
+            cells = ""
+            for cost in costs if runs else []:
+                scores, points = [at_cost(result.curves[mode], cost) for result in runs], []
+                for result, score in zip(runs, scores):
+                    rival = result if "both" in result.curves else rivals.get(
+                        result.settings["seed"])
+                    if rival and mode != "both":
+                        points.append(100 * (score - at_cost(rival.curves["both"], cost)))
+                spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
+                difference = f"({np.mean(points):+.1f}{spread})" if points else ""
+                text = "-" if np.isnan(scores).any() else f"{cell(scores)} {difference:>15}"
+                cells += f" {text.replace('(+nan +- nan)', '').replace('(+nan)', ''):>30}"
+            if runs:
+                lines.append(f"{name} {mode:<6} {len(runs):>5}{cells}".rstrip())
+    return "\n".join(lines) + ("\n(in brackets: points above SmartBERT's both, seed by seed; "
+                               "-: a seed has no threshold at this cost)")
 
 
 def plot_study(study: dict, folder: Path) -> None:
-    """study.png in a folder: score over FLOPs, mean over seeds, a panel for each data set that has
-    a plain BERT of its own (gray: its mean and standard deviation). Raises UserError."""
+    """study.png in a folder: score over FLOPs of all methods, mean and standard deviation over
+    seeds, a panel for each data set that has a SmartBERT and a plain BERT. Raises UserError."""
     panels = []
     for key, seeds in study.items():
         plain = baseline(study, *key[:2])
@@ -157,22 +181,29 @@ def plot_study(study: dict, folder: Path) -> None:
         raise UserError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the "
                         "same data from the same weights")
     # here: the tables need no matplotlib
-    from lesson.pictures import BLUE, GRAY, GREEN, ORANGE, canvas, picture
+    from lesson.pictures import GRAY, canvas, picture
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
     _, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
     for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
         mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
         panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
         panel.axhline(mean, color=GRAY, marker="", label="plain BERT, separately trained")
-        looks = {"skip": (GREEN, "D"), "exit": (ORANGE, "--"), "both": (BLUE, "-")}
-        for mode, (colour, style) in looks.items():
-            curves = [result.curves.get(mode) for result in seeds]
-            if mode == "skip" and all(curves):          # one point of each seed
-                point = np.mean([curve[0] for curve in curves], axis=0)
-                panel.plot(*point, style, color=colour, label=mode)
-            elif all(curves):
-                scores = [[at_cost(curve, cost) for cost in costs] for curve in curves]
-                panel.plot(costs, np.mean(scores, axis=0), style, color=colour, lw=3, label=mode)
+        for (*of, method, differ), runs in study.items():
+            if of != [data, weights] or differ:
+                continue
+            for mode in sorted(set.intersection(*(set(run.curves) for run in runs)) - {"plain"}):
+                curves = [run.curves[mode] for run in runs]
+                colour, style = LOOKS.get((method, mode), (None, "-"))
+                name = mode if method == "smartbert" else method
+                if mode == "skip":                      # one point of each seed
+                    point = np.mean([curve[0] for curve in curves], axis=0)
+                    panel.plot(*point, style, color=colour, label=name)
+                    continue
+                scores = np.array([[at_cost(curve, cost) for cost in costs] for curve in curves])
+                mean, spread = scores.mean(0), scores.std(0)
+                line = panel.plot(costs, mean, style, color=colour, lw=2, marker="", label=name)
+                panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,
+                                   color=line[0].get_color())
         panel.set(title=f"{data}, {weights}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
                   xlim=(0, 1), xlabel="FLOPs, share of plain BERT", ylabel="score")
     for panel in axes.flat[len(panels):]:
