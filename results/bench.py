@@ -182,8 +182,7 @@ def bench_run(run: str, arguments, device: torch.device) -> None:
              rows[0].seconds * row.flops)
 
     # The rows of eval.py's table and of --criteria, as a user gets them.
-    asked = argparse.Namespace(thresholds=None)
-    table = evaluation.plan(asked, settings, len(task.labels))
+    table = evaluation.plan(settings, len(task.labels))
     pooled = train.pools(split, device)
 
     def by_walks() -> None:

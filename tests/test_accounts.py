@@ -196,7 +196,7 @@ def test_no_better_than_the_majority_is_said():
     assert last.endswith("(0.700): skip, exit at threshold 0.25")
     assert not any("majority" in line for line in evaluation.warnings(rows, .5))
     *_, last = evaluation.warnings(rows, .8)
-    assert last.endswith("all rows")
+    assert last.endswith("(0.800): plain, skip, exit at threshold 0.25")
 
 
 # --- A look inside ------------------------------------------------------------------------------
@@ -204,24 +204,6 @@ def test_no_better_than_the_majority_is_said():
 def test_the_two_texts_of_a_pair_keep_their_order():
     split = data.own_examples(find_task("rte"), ["first", "second"], None)
     assert split.texts == [("first", "second")]
-
-
-@pytest.mark.parametrize("n, shown", [(2, [1, 3, 5, 4]), (4, [1, 3, 0, 2, 6, 7, 5, 4]),
-                                      (5, [1, 3, 0, 2, 6, 7, 5, 4])])
-def test_examples_that_ran_the_fewest_and_the_most_layers(capsys, n, shown):
-    """In that order, no example twice."""
-    model, split, count = tiny_model(), split_of(8), [2, 0, 2, 1, 5, 4, 3, 3]
-    split.texts = [(f"text {i}", None) for i in range(8)]
-    outcome = infer(model, *vars_of(split), criterion=None)
-    outcome.ran = torch.arange(5) < torch.tensor(count)[:, None]
-    evaluation.show(model, split, find_task("mnli"), OperatingPoint("skip"), outcome, n)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("label ")]
-    assert [int(line.split()[-1]) for line in lines] == shown
-
-
-def vars_of(split) -> tuple:
-    batch = data.collate(split, list(range(len(split))))
-    return batch.ids, batch.segment_ids, batch.mask
 
 
 @pytest.mark.parametrize("flags, taken", [([], "0.4"), (["--thresholds", "0.3", "0.1"], "0.3")])
