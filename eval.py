@@ -41,6 +41,7 @@ GRID = 250          # thresholds that are tried on held-out data where the user 
 MODES = ("plain", "skip", "exit", "both")
 CRITERIA = {"entropy": entropy_below, "probability": probability_above, "patience": patience,
             "layer": fixed_layer, "oracle": first_correct}
+never = entropy_below(0.0)      # the criterion of a walk: every head is asked, no row exits
 
 
 # --- Operating points ---------------------------------------------------------------------------
@@ -86,20 +87,17 @@ def plan(settings: train.Settings, classes: int, thresholds: list[float] | None 
     """A run's operating points, at these thresholds or at shares of the largest entropy."""
     shares = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
     thresholds = thresholds or [round(share * math.log(classes), 3) for share in shares]
-    points = [OperatingPoint("plain"), OperatingPoint("skip")]
-    for mode in ("exit", "both"):
-        points += [OperatingPoint(mode, threshold) for threshold in thresholds]
-    if not settings.has_gates:
-        points = [point for point in points if not point.gated]
+    points = [OperatingPoint("plain")]
+    if settings.has_gates:
+        points.append(OperatingPoint("skip"))
     if settings.method == "bert" or settings.epochs2 == 0:              # no exit heads
-        points = [point for point in points if point.threshold is None]
+        return points
+    for mode in ("exit", "both") if settings.has_gates else ("exit",):
+        points += [OperatingPoint(mode, threshold) for threshold in thresholds]
     return points
 
 
 # --- Two walks, and the cut ---------------------------------------------------------------------
-
-never = entropy_below(0.0)          # the exit criterion of a walk: every head is asked, none exits
-
 
 def walk(model: SmartBert, split: Split, points: list[OperatingPoint]) -> dict[bool, Outcome]:
     """The walks that these points need: with gates under True, without under False."""
@@ -144,9 +142,8 @@ def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcom
     levels = []
     for level in sorted(set(split.levels or [])):
         of = torch.tensor(split.levels) == level                            # (N,)
-        right = answers[of] == labels[of]
-        levels.append({"level": level, "examples": len(right), "layers": layers[of].mean().item(),
-                       "accuracy": right.float().mean().item()})
+        levels.append({"level": level, "examples": int(of.sum()), "layers": layers[of].mean().item(),
+                       "accuracy": (answers == labels)[of].float().mean().item()})
     return Row(**vars(point), score=scores[task.metrics[0]], scores=scores,
                layers=layers.mean().item(), flops=share.item(), skip_rate=skipped.tolist(),
                exit_histogram=outcome.exit.bincount(minlength=L + 1)[1:].tolist(), levels=levels)
@@ -155,8 +152,7 @@ def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcom
 def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None:
     """Fill in each row's seconds: the median of `repeats` timed passes of real dynamic inference,
     after one warm-up pass. All rows take turns in each pass."""
-    batches = train.pools(split, next(model.parameters()).device)
-    passes = [[] for _ in rows]
+    batches, passes = train.pools(split, next(model.parameters()).device), [[] for _ in rows]
     for _ in range(1 + repeats):
         for row, seconds in zip(rows, passes):
             start = time.perf_counter()
@@ -175,10 +171,9 @@ def fine_grid(walks: dict[bool, Outcome], points: list[OperatingPoint]) -> list[
     for mode in dict.fromkeys(point.mode for point in points if point.threshold is not None):
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)       # (N (L - 1), C)
         values = entropy(history[~history[:, 0].isnan()]).double().numpy()
-        if len(values):                                 # none where every layer is skipped
-            quantiles = np.quantile(values, np.linspace(0, 1, GRID))
-            rounded = sorted({float(f"{value:.4g}") for value in quantiles})
-            grid += [OperatingPoint(mode, threshold) for threshold in rounded]
+        steps = np.linspace(0, 1, GRID if len(values) else 0)   # none where all layers are skipped
+        thresholds = {float(f"{value:.4g}") for value in np.quantile(values, steps)}
+        grid += [OperatingPoint(mode, threshold) for threshold in sorted(thresholds)]
     return grid
 
 
@@ -209,8 +204,7 @@ def table(rows: list[Row], metric: str, layers: int) -> str:
     """The rows as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
              f"  in seconds"]
-    notes = [f"(layers of {layers}; FLOPs as a share of plain BERT, gates and heads counted; "
-             f"* chosen on held-out data)"]
+    notes = [f"(layers of {layers}; FLOPs as a share of plain BERT; * chosen on held-out data)"]
     for row in rows:
         threshold = "" if row.threshold is None else f"{row.threshold:g}"
         held = "" if row.held_out is None else f"{row.held_out:.3f}"
@@ -230,10 +224,8 @@ def bars(row: Row) -> str:
         exited = count / sum(row.exit_histogram)
         lines.append(f"{i:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
                      f"{'#' * round(20 * exited):<20} {exited:>4.0%}")
-    if row.levels:
-        lines += ["", "level  examples  accuracy  layers run"]
     for each in row.levels or []:
-        lines.append("{level:>5}  {examples:>8}  {accuracy:>8.3f}  {layers:>10.2f}".format(**each))
+        lines.append("level {level}: accuracy {accuracy:.3f}, {layers:.2f} layers".format(**each))
     return "\n".join(lines)
 
 
@@ -245,15 +237,17 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
             found.append("every example skips the same layers, or none: the gates do not choose")
         if row.mode == "exit" and sum(row.exit_histogram) in row.exit_histogram[:-1]:
             found.append(f"{row}: every example exits at the same layer")
-        if speedup and row.chosen and row.threshold and row.held_out_flops > 1 / speedup:
+        starred = row.chosen and row.threshold is not None
+        if starred and speedup and row.held_out_flops > 1 / speedup:
             found.append(f"{row.mode}: no threshold reaches --target-speedup {speedup:g}")
     if exits and not any(sum(row.exit_histogram[:-1]) for row in exits):
         found.append("no example ever exits early: the thresholds are too strict")
     if exits and not any(row.held_out for row in rows):
         found.append("too little was held out of the training set to choose a threshold")
-    poor = ", ".join(str(row) for row in rows if row.score <= majority)
+    poor = [str(row) for row in rows if row.score <= majority]
     if poor:
-        found.append(f"no better than the majority class ({majority:.3f}): {poor}")
+        names = "all rows" if len(poor) == len(rows) else ", ".join(poor)
+        found.append(f"no better than the majority class ({majority:.3f}): {names}")
     return found
 
 
@@ -279,14 +273,12 @@ def at_cost(points: list[tuple[float, float]], cost: float) -> float:
 def criteria_table(rows: list[Row]) -> str:
     """Score of every criterion at the same cost; the oracle has only one."""
     costs, (*others, oracle) = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8), rows
-    lines = ["exit criteria, score at the same FLOPs (share of plain BERT; no gates)",
-             "criterion    " + "".join(f"{cost:>8}" for cost in costs)]
+    lines = ["score at FLOPs" + "".join(f"{cost:>8}" for cost in costs) + "  (no gates)"]
     for name in dict.fromkeys(row.criterion for row in others):
         points = [(row.flops, row.score) for row in others if row.criterion == name]
         cells = "".join(f"{at_cost(points, cost):>8.3f}" for cost in costs)
-        lines.append(f"{name:<13}" + cells.replace("nan", "  -"))
-    lines.append(f"the oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: no criterion over "
-                 f"these heads is right more often")
+        lines.append(f"{name:<14}" + cells.replace("nan", "  -"))
+    lines.append(f"the oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: a bound on scores")
     return "\n".join(lines)
 
 
@@ -301,36 +293,30 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
             + met * auxiliary_flops(model.heads[0], tokens))                # (L,)
     share = cost.cumsum(0) / plain_flops(model, tokens)                     # (L,)
     p, c = history.softmax(1).max(1)                                        # (L,), (L,)
-    exit, L, lines = outcome.exit[0] - 1, len(ran), []
+    exit, L = outcome.exit[0] - 1, len(ran)
+    lines = ["layer  gate   what         head's answer        entropy   FLOPs"]
     for i in range(L):
         what = "ran" if ran[i] else "skipped"
         if i >= exit and exit < L - 1:
             what = "ran, exited" if i == exit else "not reached"
         gate = f"{gates[i]:.3f}" if asked[i] else ""
-        head = f"{labels[c[i]]:<14} {p[i]:>4.0%} {entropy(history[i]):>8.3f}" if met[i] else ""
-        lines.append(f"{i + 1:>5}  {gate:<5}  {what:<11}  {head:<28} {share[i]:>7.1%}")
-    p, c = outcome.logits[0].softmax(0).max(0)
-    return "\n".join(["layer  gate   what         head's answer        entropy   FLOPs", *lines,
-                      f"answer: {labels[c]} ({p:.0%}), {ran.sum()} of {L} layers run"])
-
-
-def last_choice(folder: Path) -> list[Row]:
-    """The rows that the last evaluation of a run chose. Raises UserError."""
-    path, rows = folder / "eval.json", []
-    try:
-        if path.is_file():
-            rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: evaluate the run again")
-    return [row for row in rows if row.chosen]
+        said = f"{labels[c[i]]:<14} {p[i]:>4.0%} {entropy(history[i]):>8.3f}" if met[i] else ""
+        lines.append(f"{i + 1:>5}  {gate:<5}  {what:<11}  {said:<28} {share[i]:>7.1%}")
+    answer = f"answer: {labels[c[exit]]} ({p[exit]:.0%}), {ran.sum()} of {L} layers run"
+    return "\n".join([*lines, answer])
 
 
 def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """--trace and --predict. Raises UserError."""
-    folder, task = Path(arguments.run), data.find_task(settings.task)
-    points = plan(settings, len(task.labels), arguments.thresholds)
-    known = [] if arguments.thresholds else last_choice(folder)
-    point = next(point for point in known + points if point.mode == points[-1].mode)
+    """--trace and --predict, at the threshold asked for or that of the last evaluation."""
+    folder, task, chosen = Path(arguments.run), data.find_task(settings.task), []
+    points, path = plan(settings, len(task.labels), arguments.thresholds), folder / "eval.json"
+    if path.is_file() and not arguments.thresholds:
+        try:
+            rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: evaluate the run again")
+        chosen = [row for row in rows if row.chosen]
+    point = next(point for point in chosen + points if point.mode == points[-1].mode)
     tokenizer = data.load_tokenizer(folder)
     split = data.own_examples(task, arguments.trace, arguments.predict)
     split = data.encode(tokenizer, split, settings.max_length)
@@ -349,37 +335,31 @@ def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: 
 # --- A run, evaluated ---------------------------------------------------------------------------
 
 def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """Choose on the held-out part of the training set where there is one; then measure, print and
-    store each dev set of the run's task. Raises UserError."""
+    """Choose on the held-out part of the training set; then measure, print and store each dev set
+    of the run's task. Raises UserError."""
     folder, task = Path(arguments.run), data.find_task(settings.task)
     points = plan(settings, len(task.labels), arguments.thresholds)
     if (arguments.plot or arguments.criteria) and points[-1].threshold is None:
-        raise UserError(f"{folder} is a plain BERT or had no phase 2: it has no exits for these flags")
+        raise UserError(f"{folder} is a plain BERT or had no phase 2: no exits to plot or compare")
     splits = data.load_task(task.name, arguments.data_dir or settings.data_dir, settings.cache)
     _, held, identity = train.split_training_set(splits["train"], settings)
     train.check_data(folder, identity)
     tokenizer = data.load_tokenizer(folder)
     if held:
         held = data.encode(tokenizer, held, settings.max_length)
-        points = measure_held_out(model, held, task, points, arguments)
+        walks = walk(model, held, points)
+        grid = [] if arguments.thresholds else fine_grid(walks, points)
+        tried = points + [point for point in grid if point not in points]
+        for point in tried:
+            row = measure(model, held, task, walks, point)
+            point.held_out, point.held_out_flops = row.score, row.flops
+        choose(tried, arguments.max_drop, arguments.target_speedup)
+        points = [point for point in tried if point.chosen or point in points]
+        points.sort(key=lambda point: (MODES.index(point.mode), point.threshold or 0))
     for name in task.devs:
         split = data.encode(tokenizer, splits[name], settings.max_length)
         split.partial |= held.partial
         evaluate_split(arguments, settings, model, name, split, points)
-
-
-def measure_held_out(model: SmartBert, held: Split, task: Task, points: list, arguments) -> list:
-    """The points with their held-out figures, one of each mode chosen. Where the user named no
-    thresholds, it is chosen from a fine grid and joins the points."""
-    walks = walk(model, held, points)
-    grid = [] if arguments.thresholds else fine_grid(walks, points)
-    tried = points + [point for point in grid if point not in points]
-    for point in tried:
-        row = measure(model, held, task, walks, point)
-        point.held_out, point.held_out_flops = row.score, row.flops
-    choose(tried, arguments.max_drop, arguments.target_speedup)
-    kept = [point for point in tried if point.chosen or point in points]
-    return sorted(kept, key=lambda point: (MODES.index(point.mode), point.threshold or 0))
 
 
 def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert,
@@ -432,43 +412,35 @@ def number_from(low: int, kind: type = float):
     return number
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
+    train.open_streams()
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", help="the folder of a run that train.py made")
-    add("--thresholds", nargs="+", type=number_from(0), metavar="E",
-        help="entropies (nats) below which an example exits; --trace and --predict take the first")
-    add("--max-drop", type=number_from(0), default=MAX_DROP, metavar="POINTS",
-        help="points of score that the chosen threshold may lose (default %(default)s)")
+    add("--thresholds", nargs="+", type=number_from(0), help="exit below these entropies (nats)")
+    add("--max-drop", type=number_from(0), default=MAX_DROP, help="points that exits may lose")
     add("--target-speedup", type=number_from(1), metavar="X", help="choose X times fewer FLOPs")
     add("--criteria", action="store_true", help="compare entropy with other exit criteria")
     add("--plot", action="store_true", help="write PNG files to the folder (needs matplotlib)")
     add("--data-dir", help="folder with GLUE's files; default: where the run was trained from")
-    add("--repeats", type=number_from(0, int), default=3, help="timed passes (default 3)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add("--repeats", type=number_from(0, int), default=3, help="timed passes of each row")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--trace", nargs="+", metavar="TEXT", help="show a sentence, or a pair, layer by layer")
-    add("--predict", metavar="FILE", help="label, probability and layers run for each line (-: stdin)")
+    add("--predict", metavar="FILE", help="label, probability and layers of each line (-: stdin)")
     asked = parser.parse_args(arguments)
-    asked.look = bool(asked.trace or asked.predict is not None)
-    if asked.look and (asked.target_speedup or asked.plot or asked.criteria):
+    looks = asked.trace or asked.predict is not None
+    if looks and (asked.target_speedup or asked.plot or asked.criteria):
         parser.error("--trace and --predict go by --thresholds; --plot, --criteria and "
                      "--target-speedup belong to a run's table")
     if asked.plot and not importlib.util.find_spec("matplotlib"):       # said before the work
         parser.error("--plot needs the package matplotlib: python -m pip install matplotlib")
-    return asked
-
-
-def main(arguments: list[str] | None = None) -> None:
-    train.open_streams()
-    asked = parse(arguments)
     try:
         device = train.pick_device(asked.device)
         settings, model = train.load_run(asked.run, device)
-        # in the precision it was trained in
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            (look_inside if asked.look else evaluate)(asked, settings, model)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):    # as trained
+            (look_inside if looks else evaluate)(asked, settings, model)
     except BrokenPipeError:                             # its reader has read enough: | head
         sys.stdout = None
     except (UserError, OSError) as error:

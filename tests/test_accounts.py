@@ -196,7 +196,7 @@ def test_no_better_than_the_majority_is_said():
     assert last.endswith("(0.700): skip, exit at threshold 0.25")
     assert not any("majority" in line for line in evaluation.warnings(rows, .5))
     *_, last = evaluation.warnings(rows, .8)
-    assert last.endswith("(0.800): plain, skip, exit at threshold 0.25")
+    assert last.endswith("all rows")
 
 
 # --- A look inside ------------------------------------------------------------------------------
