@@ -45,7 +45,6 @@ never = entropy_below(0.0)      # the criterion of a walk: every head is asked, 
 
 
 # --- Operating points ---------------------------------------------------------------------------
-
 @dataclass
 class OperatingPoint:
     """An inference mode and, where it has exits, the number that its exit criterion takes."""
@@ -87,9 +86,7 @@ def plan(settings: train.Settings, classes: int, thresholds: list[float] | None 
     """A run's operating points, at these thresholds or at shares of the largest entropy."""
     shares = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
     thresholds = thresholds or [round(share * math.log(classes), 3) for share in shares]
-    points = [OperatingPoint("plain")]
-    if settings.has_gates:
-        points.append(OperatingPoint("skip"))
+    points = [OperatingPoint("plain")] + [OperatingPoint("skip")] * settings.has_gates
     if settings.method == "bert" or settings.epochs2 == 0:              # no exit heads
         return points
     for mode in ("exit", "both") if settings.has_gates else ("exit",):
@@ -97,8 +94,7 @@ def plan(settings: train.Settings, classes: int, thresholds: list[float] | None 
     return points
 
 
-# --- Two walks, and the cut ---------------------------------------------------------------------
-
+# --- Two walks, the cut, and what is measured ---------------------------------------------------
 def walk(model: SmartBert, split: Split, points: list[OperatingPoint]) -> dict[bool, Outcome]:
     """The walks that these points need: with gates under True, without under False."""
     batches = train.pools(split, next(model.parameters()).device)
@@ -123,10 +119,7 @@ def cut(walked: Outcome, criterion: Criterion | None) -> Outcome:
                    walked.gates.masked_fill(beyond, torch.nan), history)
 
 
-# --- Measuring ----------------------------------------------------------------------------------
-
-def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcome],
-            point: OperatingPoint) -> Row:
+def measure(model: SmartBert, split: Split, task: Task, walks: dict, point: OperatingPoint) -> Row:
     """The figures of an operating point, without seconds."""
     labels = torch.tensor(split.labels)                                     # (N,)
     outcome = cut(walks[point.gated], point.exits(labels))
@@ -142,31 +135,28 @@ def measure(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcom
     levels = []
     for level in sorted(set(split.levels or [])):
         of = torch.tensor(split.levels) == level                            # (N,)
-        levels.append({"level": level, "examples": int(of.sum()), "layers": layers[of].mean().item(),
-                       "accuracy": (answers == labels)[of].float().mean().item()})
+        right = (answers == labels)[of].float().mean()
+        levels.append({"level": level, "examples": of.sum().item(), "accuracy": right.item(),
+                       "layers": layers[of].mean().item()})
     return Row(**vars(point), score=scores[task.metrics[0]], scores=scores,
                layers=layers.mean().item(), flops=share.item(), skip_rate=skipped.tolist(),
                exit_histogram=outcome.exit.bincount(minlength=L + 1)[1:].tolist(), levels=levels)
 
 
 def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None:
-    """Fill in each row's seconds: the median of `repeats` timed passes of real dynamic inference,
-    after one warm-up pass. All rows take turns in each pass."""
+    """Fill in each row's seconds: the median of its timed passes, after one to warm up."""
     batches, passes = train.pools(split, next(model.parameters()).device), [[] for _ in rows]
-    for _ in range(1 + repeats):
+    for _ in range(1 + repeats):                        # the rows take turns
         for row, seconds in zip(rows, passes):
             start = time.perf_counter()
             train.predict(model, batches, row.gated, row.exits())
             seconds.append(time.perf_counter() - start)
-    for row, seconds in zip(rows, passes):
-        row.seconds = float(np.median(seconds[1:]))
+            row.seconds = float(np.median(seconds[1:] or seconds))
 
 
 # --- The choice of a threshold ------------------------------------------------------------------
-
 def fine_grid(walks: dict[bool, Outcome], points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """The points' modes with exits at GRID thresholds: quantiles of the entropies of these walks,
-    so that about equally many answers lie between two neighbours."""
+    """The points' modes with exits, at GRID quantiles of the entropies on these walks."""
     grid = []
     for mode in dict.fromkeys(point.mode for point in points if point.threshold is not None):
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)       # (N (L - 1), C)
@@ -185,8 +175,7 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
         return
     without = {point.mode: point.held_out for point in points if point.threshold is None}
     for mode in dict.fromkeys(point.mode for point in points):
-        alike = [point for point in points if point.mode == mode]
-        alike.sort(key=lambda point: point.held_out_flops)
+        alike = sorted([p for p in points if p.mode == mode], key=lambda p: p.held_out_flops)
         if speedup:
             fast = [point for point in alike if point.held_out_flops <= 1 / speedup]
             chosen = fast[-1] if fast else alike[0]
@@ -199,7 +188,6 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
 
 
 # --- The table ----------------------------------------------------------------------------------
-
 def table(rows: list[Row], metric: str, layers: int) -> str:
     """The rows as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
@@ -252,7 +240,6 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
 
 
 # --- Exit criteria side by side -----------------------------------------------------------------
-
 def criteria(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcome]) -> list[Row]:
     """Every criterion over a sweep of its number, without gates; last the oracle."""
     L, C = len(model.gates), len(task.labels)
@@ -260,9 +247,8 @@ def criteria(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outco
     nats, p = share * math.log(C), 1 - share * (1 - 1 / C)
     sweeps = {"entropy": nats.tolist(), "probability": p.tolist(), "patience": range(1, max(L, 2)),
               "layer": range(1, L + 1), "oracle": [None]}
-    points = [OperatingPoint("exit", number, name)
-              for name, numbers in sweeps.items() for number in numbers]
-    return [measure(model, split, task, walks, point) for point in points]
+    return [measure(model, split, task, walks, OperatingPoint("exit", number, name))
+            for name, numbers in sweeps.items() for number in numbers]
 
 
 def at_cost(points: list[tuple[float, float]], cost: float) -> float:
@@ -283,10 +269,8 @@ def criteria_table(rows: list[Row]) -> str:
 
 
 # --- One example, layer by layer ----------------------------------------------------------------
-
 def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tuple) -> str:
-    """The single row of an outcome, a line for each layer; FLOPs so far as a share of plain's.
-    tokens (1,): its length; labels: the names of the classes."""
+    """The one row of an outcome, layer by layer. tokens (1,): its length; labels: class names."""
     gates, ran, history = outcome.gates[0], outcome.ran[0], outcome.history[0]  # (L,) (L,) (L, C)
     asked, met = ~gates.isnan(), ~history[:, 0].isnan()                     # (L,), (L,)
     cost = (asked * auxiliary_flops(model.gates[0], tokens) + ran * layer_flops(model, tokens)
@@ -333,10 +317,8 @@ def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: 
 
 
 # --- A run, evaluated ---------------------------------------------------------------------------
-
 def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """Choose on the held-out part of the training set; then measure, print and store each dev set
-    of the run's task. Raises UserError."""
+    """Choose the thresholds on held-out data, then evaluate each dev set. Raises UserError."""
     folder, task = Path(arguments.run), data.find_task(settings.task)
     points = plan(settings, len(task.labels), arguments.thresholds)
     if (arguments.plot or arguments.criteria) and points[-1].threshold is None:
@@ -362,8 +344,7 @@ def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: Sma
         evaluate_split(arguments, settings, model, name, split, points)
 
 
-def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert,
-                   name: str, split: Split, points: list[OperatingPoint]) -> None:
+def evaluate_split(arguments, settings, model, name: str, split: Split, points: list) -> None:
     """Measure, print and store one dev set; draw it where asked."""
     task = data.find_task(settings.task)
     metric, first = task.metrics[0], name == task.devs[0]
@@ -376,7 +357,6 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
     majority = data.majority(task, split.labels)[metric]
     # the chosen row of the last mode; plain where none is chosen
     best = next((row for row in reversed(rows) if row.chosen), rows[0])
-
     note = " (partial data: not the GLUE task)" if split.partial else ""
     print(f"\n{task.name} {name}{note}: {len(split)} examples, majority class {majority:.3f}\n")
     print(f"{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
@@ -402,9 +382,7 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
 
 
 # --- From the command line ----------------------------------------------------------------------
-
-def number_from(low: int, kind: type = float):
-    """The type of an argument: a finite number from low up."""
+def number_from(low: int, kind: type = float):          # the type of an argument
     def number(text: str) -> float:
         if not low <= kind(text) < math.inf:            # false for NaN as well
             raise argparse.ArgumentTypeError(f"{text}: give a number from {low} up")
