@@ -151,7 +151,7 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
             start = time.perf_counter()
             train.predict(model, batches, row.gated, row.exits())
             seconds.append(time.perf_counter() - start)
-            row.seconds = float(np.median(seconds[1:] or seconds))
+            row.seconds = float(np.median(seconds[1:] or seconds))      # the first warms up
 
 
 # --- The choice of a threshold ------------------------------------------------------------------
@@ -187,12 +187,12 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
             point.chosen = point is chosen
 
 
-# --- The table ----------------------------------------------------------------------------------
+# --- The table, and exit criteria side by side --------------------------------------------------
 def table(rows: list[Row], metric: str, layers: int) -> str:
     """The rows as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
              f"  in seconds"]
-    notes = [f"(layers of {layers}; FLOPs as a share of plain BERT; * chosen on held-out data)"]
+    notes = [f"({layers} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data)"]
     for row in rows:
         threshold = "" if row.threshold is None else f"{row.threshold:g}"
         held = "" if row.held_out is None else f"{row.held_out:.3f}"
@@ -212,8 +212,9 @@ def bars(row: Row) -> str:
         exited = count / sum(row.exit_histogram)
         lines.append(f"{i:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
                      f"{'#' * round(20 * exited):<20} {exited:>4.0%}")
+    lines += ["", "level  examples  accuracy  layers run"] if row.levels else []
     for each in row.levels or []:
-        lines.append("level {level}: accuracy {accuracy:.3f}, {layers:.2f} layers".format(**each))
+        lines.append("{level:>5}  {examples:>8}  {accuracy:>8.3f}  {layers:>10.2f}".format(**each))
     return "\n".join(lines)
 
 
@@ -239,7 +240,6 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
     return found
 
 
-# --- Exit criteria side by side -----------------------------------------------------------------
 def criteria(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outcome]) -> list[Row]:
     """Every criterion over a sweep of its number, without gates; last the oracle."""
     L, C = len(model.gates), len(task.labels)
@@ -264,7 +264,7 @@ def criteria_table(rows: list[Row]) -> str:
         points = [(row.flops, row.score) for row in others if row.criterion == name]
         cells = "".join(f"{at_cost(points, cost):>8.3f}" for cost in costs)
         lines.append(f"{name:<14}" + cells.replace("nan", "  -"))
-    lines.append(f"the oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: a bound on scores")
+    lines.append(f"the oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: an upper bound")
     return "\n".join(lines)
 
 
