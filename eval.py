@@ -177,8 +177,7 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
     for mode in dict.fromkeys(point.mode for point in points):
         alike = sorted([p for p in points if p.mode == mode], key=lambda p: p.held_out_flops)
         if speedup:
-            fast = [point for point in alike if point.held_out_flops <= 1 / speedup]
-            chosen = fast[-1] if fast else alike[0]
+            chosen = next((p for p in alike[::-1] if p.held_out_flops <= 1 / speedup), alike[0])
         else:
             floor = without["skip" if mode == "both" else "plain"] - max_drop / 100
             good = [point for point in alike if point.held_out >= floor]
@@ -225,7 +224,8 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
         if row.mode == "skip" and set(row.skip_rate) <= {0, 1}:
             found.append("every example skips the same layers, or none: the gates do not choose")
         if row.mode == "exit" and sum(row.exit_histogram) in row.exit_histogram[:-1]:
-            found.append(f"{row}: every example exits at the same layer")
+            found.append(f"at threshold {row.threshold:g} every example exits at layer "
+                         f"{row.layers:g}")
         starred = row.chosen and row.threshold is not None
         if starred and speedup and row.held_out_flops > 1 / speedup:
             found.append(f"{row.mode}: no threshold reaches --target-speedup {speedup:g}")
