@@ -38,12 +38,12 @@ def plot(folder: Path, title: str, rows: list, points: list, row, outcome: Outco
          others: list, metric: str) -> None:
     """All PNG files of a run, in its folder.
 
-    rows: of the table; points: the modes at every threshold of a fine grid; row, outcome: what to
+    rows: of the table; points: the exits at every threshold of a fine grid; row, outcome: what to
     show of the dev set layer by layer; others: the exit criteria, or []. All rows are eval.Row.
     """
     plt = canvas()
     fixed = [each for each in rows if each.threshold is None]
-    whole = fixed + [each for each in points if each.threshold is not None]
+    whole = fixed + points
     chosen = [each for each in rows if each.chosen and each.threshold is not None]
     plot_scores(plt, folder / "score.png", title, metric, "mode", whole, chosen)
     if others:

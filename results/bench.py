@@ -118,7 +118,8 @@ def bench_forward(model: SmartBert, peer, tokenizer, arguments, device: torch.de
                 lambda: [theirs(peer, b) for b in given],
                 lambda: [model(b.ids, b.segment_ids, b.mask) for b in given],
                 lambda: [products(b.ids.numel()) for b in given],
-                lambda: [train.run_pool(model, b, False, None) for b in pooled], rounds=rounds)
+                lambda: [infer(model, b.ids, b.segment_ids, b.mask, skip=False) for b in pooled],
+                rounds=rounds)
         note(f"{task}: plain forward, identical batches of 32 / transformers", same, other)
         note(f"{task}: those batches' products alone / transformers", floor, other)
         note(f"{task}: whole dev set as each would run it / transformers", plain, other)
@@ -182,8 +183,7 @@ def bench_run(run: str, arguments, device: torch.device) -> None:
              rows[0].seconds * row.flops)
 
     # The rows of eval.py's table and of --criteria, as a user gets them.
-    asked = argparse.Namespace(thresholds=None)
-    table = evaluation.plan(asked, settings, len(task.labels))
+    table = evaluation.plan(settings, len(task.labels), len(model.gates))
     pooled = train.pools(split, device)
 
     def by_walks() -> None:
@@ -207,8 +207,8 @@ def bench_run(run: str, arguments, device: torch.device) -> None:
             infer(model, b.ids, b.segment_ids, b.mask, criterion=exits, batch_tokens=1)
 
     note(f"{task.name} both at threshold 0.28 / one example at a time",
-         *in_turn(lambda: [train.run_pool(model, b, True, exits) for b in pooled], one_by_one,
-                  rounds=min(rounds, 3)))
+         *in_turn(lambda: [infer(model, b.ids, b.segment_ids, b.mask, criterion=exits)
+                           for b in pooled], one_by_one, rounds=min(rounds, 3)))
 
 
 def bench_scale(arguments) -> None:

@@ -206,24 +206,6 @@ def test_the_two_texts_of_a_pair_keep_their_order():
     assert split.texts == [("first", "second")]
 
 
-@pytest.mark.parametrize("n, shown", [(2, [1, 3, 5, 4]), (4, [1, 3, 0, 2, 6, 7, 5, 4]),
-                                      (5, [1, 3, 0, 2, 6, 7, 5, 4])])
-def test_examples_that_ran_the_fewest_and_the_most_layers(capsys, n, shown):
-    """In that order, no example twice."""
-    model, split, count = tiny_model(), split_of(8), [2, 0, 2, 1, 5, 4, 3, 3]
-    split.texts = [(f"text {i}", None) for i in range(8)]
-    outcome = infer(model, *vars_of(split), criterion=None)
-    outcome.ran = torch.arange(5) < torch.tensor(count)[:, None]
-    evaluation.show(model, split, find_task("mnli"), OperatingPoint("skip"), outcome, n)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("label ")]
-    assert [int(line.split()[-1]) for line in lines] == shown
-
-
-def vars_of(split) -> tuple:
-    batch = data.collate(split, list(range(len(split))))
-    return batch.ids, batch.segment_ids, batch.mask
-
-
 @pytest.mark.parametrize("flags, taken", [([], "0.4"), (["--thresholds", "0.3", "0.1"], "0.3")])
 def test_predict_takes_the_threshold_asked_for_else_the_chosen_one(tmp_path, capsys, flags, taken):
     """That of the mode "both", as the last evaluation has chosen it."""
