@@ -170,7 +170,8 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
     """The user's own examples, without labels: one text or pair from the command line, or one for
     each line of a file (- is standard input), with a tab between the two texts of a pair."""
-    lines = ["\t".join(texts)] if texts else read_lines(Path(path), "name a file of sentences")
+    advice = "name a file with a sentence a line, or - for stdin"
+    lines = ["\t".join(texts)] if texts else read_lines(Path(path), advice)
     pair, examples = task.columns[1] is not None, []
     wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
     for number, line in enumerate(lines, 1):
