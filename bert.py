@@ -22,16 +22,14 @@ from torch import Tensor, nn
 
 # --- The encoder --------------------------------------------------------------------------------
 
-# Allowed numbers in config.json. The default is 1 to 10^7 for integers and 0 to 1 for the rest.
-LIMITS = {"num_hidden_layers": (1, 1000), "initializer_range": (0, 1000),
+# The smallest and the largest value of the numbers in config.json; of all others 1 and 10^7.
+LIMITS = {"num_hidden_layers": (1, 1000), "layer_norm_eps": (0, 1), "initializer_range": (0, 1000),
           "hidden_dropout_prob": (0, 0.99), "attention_probs_dropout_prob": (0, 0.99)}
-MAX_PARAMETERS = 5 * 10**9                      # 20 GB in fp32
 
 
 @dataclass
 class BertConfig:
-    """The shape of a BERT, under the names of Hugging Face's config.json, by default that of
-    bert-base-uncased. Raises ValueError for invalid numbers."""
+    """A BERT's shape, named as in Hugging Face's config.json; the defaults are bert-base's."""
 
     vocab_size: int = 30522
     hidden_size: int = 768                      # H
@@ -49,24 +47,20 @@ class BertConfig:
         advice = "correct config.json, or download it again"
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int:
-                kind, types, limits = "a whole number", int, (1, 10**7)
-            else:
-                kind, types, limits = "a number", (int, float), (0, 1)
-            low, high = LIMITS.get(field.name, limits)
-            if isinstance(value, bool) or not isinstance(value, types):
-                raise ValueError(f"{field.name} {value!r:.60} is not {kind}: {advice}")
-            if not low <= value <= high:                    # NaN is refused as well
-                raise ValueError(f"{field.name} {value!r:.60} is out of range, from {low} to "
+            low, high = LIMITS.get(field.name, (1, 10**7))
+            kind, types = ("whole number", int) if field.type is int else ("number", (int, float))
+            fits = isinstance(value, types) and not isinstance(value, bool)
+            if not fits or not low <= value <= high:            # NaN is refused as well
+                raise ValueError(f"{field.name} {value!r:.60} is not a {kind} from {low} to "
                                  f"{high}: {advice}")
-        H = self.hidden_size
-        if H % self.num_attention_heads:
-            raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads "
-                             f"{self.num_attention_heads}: {advice}")
+        H, heads = self.hidden_size, self.num_attention_heads
+        if H % heads:
+            raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads {heads}: "
+                             f"{advice}")
         rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
         layer = 4 * H * H + 2 * H * self.intermediate_size
         parameters = rows * H + self.num_hidden_layers * layer
-        if parameters > MAX_PARAMETERS:
+        if parameters > 5 * 10**9:                              # 20 GB in fp32
             raise ValueError(f"a BERT of {parameters:.0e} parameters is too large: {advice}")
 
 
@@ -118,8 +112,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder. `forward` runs every layer on every row; SmartBERT calls `embeddings` and
-    `layers[i]` itself."""
+    """The encoder. `forward` runs all layers; SmartBERT calls `embeddings` and `layers[i]`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -136,8 +129,7 @@ class Bert(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """ids, segment_ids (B, S) long, mask (B, S) bool, True at real tokens
-        -> [h_0 .. h_L], each (B, S, H)."""
+        """ids, segment_ids, mask (B, S), True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
         hiddens = [self.embeddings(ids, segment_ids)]
         mask = mask_or_none(mask)
         for layer in self.layers:
@@ -153,17 +145,15 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 # --- Weights from disk --------------------------------------------------------------------------
 
 def load_bert(folder: str | Path, **changes) -> Bert:
-    """Load a pre-trained encoder in fp32 from a local folder with config.json, vocab.txt and
-    pytorch_model.bin (the layout of the Hugging Face hub). changes: values that replace those of
-    config.json, such as hidden_dropout_prob.
+    """The pre-trained encoder, in fp32, in a folder laid out as on the Hugging Face hub. changes:
+    values that replace those of config.json, such as hidden_dropout_prob.
 
-    Raises ValueError with a one-line message if a file is missing or truncated, or if a tensor is
-    missing, unexpected or of a shape that does not fit config.json.
+    This and the functions below raise ValueError, with a message of one line, for files that are
+    missing, damaged or not a BERT's, and for tensors that do not fit config.json.
     """
     folder = Path(folder)
     bert = Bert(replace(read_config(folder), **changes))
-    tensors = read_tensors(folder)                          # under Hugging Face's names
-    bert.load_state_dict(convert_names(tensors, bert))      # strict: every parameter is set
+    bert.load_state_dict(convert_names(read_tensors(folder), bert))     # sets every parameter
     return bert
 
 
@@ -177,19 +167,18 @@ LAYER_PARTS = {
     "down": ("output.dense",),
     "norm2": ("output.LayerNorm",),
 }
-EMBEDDING_PARTS = {"word": "word_embeddings", "position": "position_embeddings",
-                   "segment": "token_type_embeddings", "norm": "LayerNorm"}
+EMBEDDINGS = {"word.weight": "word_embeddings.weight", "norm.weight": "LayerNorm.weight",
+              "position.weight": "position_embeddings.weight", "norm.bias": "LayerNorm.bias",
+              "segment.weight": "token_type_embeddings.weight"}
 # Tensors that a file may hold but the encoder does not use: the pooler, the heads of pre-training
 # and of tasks, and the buffer of position ids (0, 1, 2, ...).
 IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids")
 
 
 def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter's name -> the names in the file; their tensors, concatenated along dimension
-    0, make our parameter."""
-    table = {f"embeddings.{ours}.weight": (f"embeddings.{theirs}.weight",)
-             for ours, theirs in EMBEDDING_PARTS.items()}
-    table["embeddings.norm.bias"] = ("embeddings.LayerNorm.bias",)
+    """Our parameter's name -> the file's names of its parts, concatenated along dimension 0."""
+    table = {f"embeddings.{ours}": (f"embeddings.{theirs}",)
+             for ours, theirs in EMBEDDINGS.items()}
     for i in range(config.num_hidden_layers):
         for ours, parts in LAYER_PARTS.items():
             for kind in ("weight", "bias"):
@@ -199,78 +188,53 @@ def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
 
 
 def convert_names(tensors: dict[str, Tensor], bert: Bert) -> dict[str, Tensor]:
-    """A file's tensors -> a state dict for this encoder, in fp32.
-
-    Names may start with "bert.", and LayerNorm may have gamma/beta or weight/bias. Raises
-    ValueError that names the tensor if it is missing, unexpected, duplicate, not finite, or of the
-    wrong shape or type.
-    """
+    """A file's tensors -> a state dict for this encoder, in fp32. Every tensor must be used or
+    ignored by name. Names may start with "bert.", and LayerNorm may have gamma and beta."""
     found = {}
     for name, tensor in tensors.items():
-        if not isinstance(name, str):
-            raise ValueError(f"the weights hold {name!r:.60} in place of a tensor's name: "
-                             f"save a model's state_dict() instead")
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = str(name).removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name.startswith(IGNORED):
-            continue
         if name in found:
-            raise ValueError(f"the weights hold the tensor {name} twice, under two names: "
-                             f"save them with one")
-        found[name] = tensor
-    state, parameters = {}, dict(bert.named_parameters())
-    for ours, theirs in name_table(bert.config).items():
-        size, *rest = parameters[ours].shape
-        shape, parts = (size // len(theirs), *rest), []     # shape of each of their tensors
-        for name in theirs:
-            if name not in found:
-                raise ValueError(f"the weights lack the tensor {name}: they are not "
-                                 f"the BERT of {bert.config.num_hidden_layers} layers that "
-                                 f"config.json describes")
-            parts.append(check_tensor(name, found.pop(name), shape))
+            raise ValueError(f"the weights hold {name} twice, under two names: save them with one")
+        if not name.startswith(IGNORED):
+            found[name] = tensor
+    table, state = name_table(bert.config), bert.state_dict()
+    expected = set().union(*table.values())
+    missing, unknown = expected - found.keys(), found.keys() - expected
+    if missing or unknown:
+        fault = f"lack {min(missing)}" if missing else f"also hold {min(unknown)!r:.60}"
+        raise ValueError(f"the weights {fault}: use a BERT's weights and their own config.json")
+    for ours, theirs in table.items():
+        shapes = [part.shape for part in state[ours].chunk(len(theirs))]
+        parts = [check_tensor(name, found[name], size) for name, size in zip(theirs, shapes)]
         state[ours] = torch.cat(parts)
-    if found:
-        raise ValueError(f"the weights hold a tensor that config.json does not account for: "
-                         f"{min(found)}")
     return state
 
 
-def check_tensor(name: str, tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor in fp32. Raises ValueError where it is not a tensor of weights of this shape."""
-    why = None
-    if not isinstance(tensor, Tensor):
-        why = f"is not a tensor but of type {type(tensor).__name__}"
-    elif tensor.is_meta:
-        why = "is on the meta device, without values"
-    elif tensor.layout != torch.strided or tensor.is_nested:
-        why = "is sparse or nested"
-    elif not tensor.is_floating_point():
-        why = f"is of {tensor.dtype}, not floating point"
-    if why:
-        raise ValueError(f"the tensor {name} {why}: save the weights as plain fp32 tensors")
+def check_tensor(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in fp32, checked."""
+    if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+            and tensor.layout == torch.strided and not tensor.is_nested):
+        raise ValueError(f"{name} is not a plain dense floating-point tensor: save it in fp32")
     if tensor.shape != shape:
         raise ValueError(f"the tensor {name} has shape {tuple(tensor.shape)}, but config.json "
-                         f"requires {shape}")
+                         f"requires {tuple(shape)}: use the weights' own config.json")
     tensor = tensor.float()
     if not tensor.isfinite().all():
-        raise ValueError(f"the tensor {name} holds NaN or infinite values: use weights whose "
-                         f"training did not diverge")
+        raise ValueError(f"the tensor {name} holds NaN or infinite values: use other weights")
     return tensor
 
 
 def read_config(folder: Path) -> BertConfig:
-    """config.json of a weights folder. Raises ValueError where it is missing, broken or of another
-    architecture."""
+    """config.json of a weights folder."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{path} is not there: a weights folder holds config.json, vocab.txt and "
-                         f"pytorch_model.bin")
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object: remove it and download it again")
+        raise ValueError(f"{path} is missing or not a JSON object: a weights folder holds "
+                         f"config.json, vocab.txt and pytorch_model.bin, download it again")
     required = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                 "is_decoder": False, "add_cross_attention": False}
     for name, value in required.items():
@@ -283,39 +247,31 @@ def read_config(folder: Path) -> BertConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of pytorch_model.bin, or of model.safetensors where the package safetensors is
-    installed. Raises ValueError."""
-    path = folder / "pytorch_model.bin"
+    """The tensors of pytorch_model.bin, else of model.safetensors."""
+    path, advice = folder / "pytorch_model.bin", "remove it and download it again"
     if path.is_file():
-        return read_torch_file(path, "remove it and download it again")
+        return read_torch_file(path, advice)
     path = folder / "model.safetensors"
     if not path.is_file():
-        for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
-            if (folder / index).is_file():
-                raise ValueError(f"{folder} holds sharded weights ({index}): save them as one "
-                                 f"file, pytorch_model.bin or model.safetensors")
-        raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
+        raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors: "
+                         f"download one of them, or save weights in several parts as one file")
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
+        return load_file(path)
     except ImportError:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError):
-        raise ValueError(f"{path} is truncated or not a safetensors file: remove it and "
-                         f"download it again")
+    except Exception:                           # as in read_torch_file
+        raise ValueError(f"{path} is truncated or not a safetensors file: {advice}")
 
 
 def read_torch_file(path: Path, advice: str) -> dict:
-    """Load a dict written by torch.save, without running code that the file may contain. Raises
-    ValueError."""
+    """Load a dict written by torch.save, without running code that the file may contain."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                           # a damaged file may raise nearly anything
-        raise ValueError(f"{path} is missing, truncated or not a PyTorch file: {advice}")
+        content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dict of tensors: {advice}")
+        raise ValueError(f"{path} is missing, truncated or not a dict from torch.save: {advice}")
     return content
 
 
@@ -343,10 +299,7 @@ class Dropout(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D)) v; q, k, v (B, A, S, D), mask (B, S) or None -> (B, A, S, D).
-
-    With dropout on a CPU it is written out, to use our Dropout. Otherwise torch's fused version
-    runs, which never stores all scores.
-    """
+    torch's fused version never stores all scores, but it cannot use our Dropout on a CPU."""
     mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, S)
     p = dropout.p if dropout.training else 0.0
     if not p or q.device.type != "cpu":

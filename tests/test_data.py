@@ -20,7 +20,6 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import torch
 
 import data
@@ -155,7 +154,7 @@ def test_rows_of_another_width_are_left_out_and_named(tmp_path, capsys):
     assert data.load_task("rte", tmp_path)["train"].texts == [("a", "b"), ("c", "d")]
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "train.tsv: left out 8 rows" in warning
-    assert "4 fields" in warning and "(line 3, 4, 6, 7, 8, ...)" in warning
+    assert "4 fields" in warning and "lines [3, 4, 6, 7, 8]" in warning
     rte_folder(tmp_path, RTE + "0\ta\tb\tc\tentailment\n")
     fails(lambda: data.load_task("rte", tmp_path), "no examples", "1 rows left out")
 
@@ -167,7 +166,8 @@ def test_mnli_rows_without_a_gold_label_are_left_out(tmp_path, capsys):
         )
     assert data.load_task("mnli", tmp_path)["train"].texts == [("c", "d")]
     warning = capsys.readouterr().err.splitlines()[0]
-    assert "train.tsv: left out 1 rows" in warning and "no gold label (line 2)" in warning
+    assert "train.tsv: left out 1 rows" in warning
+    assert "without a gold label: the first are lines [2]" in warning
     rte_folder(tmp_path, RTE + "0\ta\tb\t-\n")
     fails(lambda: data.load_task("rte", tmp_path), "label '-' is none of")
 
@@ -333,14 +333,11 @@ def test_download_whole(server, tmp_path):
     assert server.log == ["/x.bin"]  # the second time it was there
 
 
-def test_a_truncated_download_leaves_nothing(server, tmp_path, monkeypatch):
-    server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
+def test_a_truncated_download_leaves_nothing(server, tmp_path):
+    server.files["/x.bin"], server.cut, path = BODY, 100, tmp_path / "x.bin"
     url = f"{server.url}/x.bin"
     fails(lambda: data.download(url, path), "x.bin", url, str(path))
     server.cut = None
-    with monkeypatch.context() as patch:  # urllib3 1 ends such a body in silence
-        patch.setattr(requests.Response, "iter_content", lambda self, size: iter([BODY[:10]]))
-        fails(lambda: data.download(url, path), f"10 of {len(BODY)} bytes", str(path))
     assert list(tmp_path.iterdir()) == []
     data.download(url, path)
     assert path.read_bytes() == BODY
@@ -379,6 +376,8 @@ def test_no_network_says_what_to_fetch_by_hand(server, tmp_path, monkeypatch):
     fails(lambda: data.load_task("rte", cache=tmp_path), f"127.0.0.1:{port}/RTE.zip", archive)
     assert not (tmp_path / "glue" / "RTE").exists()
     write(tmp_path / "file", "")
+    monkeypatch.setattr(data, "GLUE_URL", f"{server.url}/")
+    server.files["/RTE.zip"] = zipped(**WHOLE)
     fails(lambda: data.load_task("rte", cache=tmp_path / "file"), "could not write", "RTE")
 
 
@@ -439,22 +438,14 @@ def test_zip_that_leads_out_of_its_folder_does_not(server, tmp_path, member):
     assert not Path("/tmp/smartbert-evil.tsv").exists()
 
 
-def test_zip_member_of_a_huge_declared_size_is_refused(tmp_path, monkeypatch):
-    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say."""
+def test_zip_with_a_false_size_does_no_harm(tmp_path):
+    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say: no
+    more is read than is there."""
     whole = bytearray(zipped(**WHOLE))
     size = whole.rindex(b"RTE/train.tsv") - 22  # where the directory's entry has it
     whole[size : size + 4] = b"\xfe\xff\xff\xff"
-    archive = write(tmp_path / "glue" / "RTE.zip", bytes(whole))
-    assert data.LARGEST == 2**32
-    monkeypatch.setattr(data, "LARGEST", 2**31)
-    fails(
-        lambda: data.load_task("rte", cache=tmp_path),
-        str(archive),
-        "RTE/train.tsv",
-        f"{2**31} bytes",
-        "run again",
-    )
-    assert not archive.exists()
+    write(tmp_path / "glue" / "RTE.zip", bytes(whole))
+    assert len(data.load_task("rte", cache=tmp_path)["train"]) == 500
 
 
 def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
@@ -627,12 +618,18 @@ def test_weights_that_cannot_be_fetched(hub, tmp_path):
         fails(
             lambda: data.fetch_weights(name, tmp_path),
             repr(name),
+            "there is no such name",
             "check the name",
             "pytorch_model.bin",
         )
     hub.shutdown()
     hub.server_close()
-    fails(lambda: data.fetch_weights("some-one/some-bert", tmp_path), "some-bert", "connection")
+    message = fails(
+        lambda: data.fetch_weights("some-one/some-bert", tmp_path),
+        "some-bert",
+        "not in the hub's cache and no connection",
+    )
+    assert "Error" not in message
     assert len(fails(lambda: data.fetch_weights("x" * 5000, tmp_path))) < 300
 
 
@@ -831,16 +828,13 @@ def test_the_longer_text_is_cut_first(tmp_path):
         assert lists(split.segment_ids) == [[0] * (first + 2) + [1] * (second + 1), [0] * 13]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 25])
-def test_texts_encoded_in_chunks_are_those_encoded_one_by_one(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(data, "CHUNK", 5)
+def test_encoding_gives_what_the_tokenizer_gives_for_a_whole_batch(tmp_path):
     tokenizer = data.load_tokenizer(vocabulary(tmp_path, *"abc"))
-    texts = [("a b" * i, None if i % 3 else "c " * i) for i in range(rows)]
-    split, single = data.encode(tokenizer, Split(texts, [0] * rows), 9), []
-    for first, second in texts:
-        single.append(tokenizer.encode(first, second))
-    assert lists(split.ids) == [row.ids for row in single] and len(split) == rows
-    assert lists(split.segment_ids) == [row.type_ids for row in single]
+    texts = [("a b" * i, None if i % 3 else "c " * i) for i in range(25)]
+    split = data.encode(tokenizer, Split(texts, [0] * 25), 9)
+    whole = tokenizer.encode_batch([text if text[1] is not None else text[0] for text in texts])
+    assert lists(split.ids) == [row.ids for row in whole] and len(split) == 25
+    assert lists(split.segment_ids) == [row.type_ids for row in whole]
     assert {row.dtype for row in split.ids} <= {np.dtype(np.int32)}
     assert {row.dtype for row in split.segment_ids} <= {np.dtype(np.uint8)}
 
