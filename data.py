@@ -24,9 +24,11 @@ import requests
 import torch
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
 
 
 class UserError(ValueError):
@@ -223,6 +225,8 @@ def atomic_write(path: str | Path, save: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except requests.RequestException:                   # an OSError too, but not of this file
+        raise
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror}): make room or change folder")
     finally:
@@ -236,16 +240,24 @@ def write_json(path: str | Path, value) -> None:
 
 def download(url: str, path: Path) -> None:
     """Fetch url to path, whole or not at all, unless path is there."""
-    if path.is_file():
-        return
-    print(f"downloading {url}", file=sys.stderr)
+    advice = f"run again, or fetch {url} by hand and put it at {path}"
+
+    def save(file) -> None:
+        headers = {"Accept-Encoding": "identity"}       # else Content-Length is a compressed size
+        with requests.get(url, stream=True, timeout=30, headers=headers) as answer:
+            answer.raise_for_status()
+            size = int(answer.headers.get("Content-Length", 0))
+            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar:
+                for chunk in answer.iter_content(1 << 16):
+                    bar.update(file.write(chunk))
+        if size not in (0, file.tell()):
+            raise UserError(f"{path.name} came with {file.tell()} of {size} bytes: {advice}")
     try:
-        answer = requests.get(url, timeout=30)          # raises where it is not whole
-        answer.raise_for_status()
+        if not path.is_file():
+            atomic_write(path, save)
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", "no connection, or it broke")
-        raise UserError(f"could not download {url} ({status}): run again, or put it at {path}")
-    atomic_write(path, lambda file: file.write(answer.content))
+        raise UserError(f"could not download {path.name} ({status}): {advice}")
 
 
 def unpack(task: Task, folder: Path) -> None:
@@ -255,7 +267,10 @@ def unpack(task: Task, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as files:
             for split in ("train", *task.devs):         # other names in the zip are never read
-                tables[split] = files.read(f"{task.folder}/{split}.tsv")
+                member = files.getinfo(f"{task.folder}/{split}.tsv")
+                if member.file_size > LARGEST:
+                    raise ValueError(f"{member.filename} unpacks to over {LARGEST} bytes")
+                tables[split] = files.read(member)
     except Exception as error:                          # a damaged zip raises nearly anything
         archive.unlink(missing_ok=True)
         raise UserError(f"{archive} is removed, it was damaged or not GLUE's ({error}): run again")

@@ -20,6 +20,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import requests
 import torch
 
 import data
@@ -333,11 +334,14 @@ def test_download_whole(server, tmp_path):
     assert server.log == ["/x.bin"]  # the second time it was there
 
 
-def test_a_truncated_download_leaves_nothing(server, tmp_path):
-    server.files["/x.bin"], server.cut, path = BODY, 100, tmp_path / "x.bin"
+def test_a_truncated_download_leaves_nothing(server, tmp_path, monkeypatch):
+    server.files["/x.bin"], server.cut, path = BODY, 100_000, tmp_path / "x.bin"
     url = f"{server.url}/x.bin"
     fails(lambda: data.download(url, path), "x.bin", url, str(path))
     server.cut = None
+    with monkeypatch.context() as patch:  # urllib3 1 ends such a body in silence
+        patch.setattr(requests.Response, "iter_content", lambda self, size: iter([BODY[:10]]))
+        fails(lambda: data.download(url, path), f"10 of {len(BODY)} bytes", str(path))
     assert list(tmp_path.iterdir()) == []
     data.download(url, path)
     assert path.read_bytes() == BODY
@@ -438,14 +442,22 @@ def test_zip_that_leads_out_of_its_folder_does_not(server, tmp_path, member):
     assert not Path("/tmp/smartbert-evil.tsv").exists()
 
 
-def test_zip_with_a_false_size_does_no_harm(tmp_path):
-    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say: no
-    more is read than is there."""
+def test_zip_member_of_a_huge_declared_size_is_refused(tmp_path, monkeypatch):
+    """The size in the zip's directory is set to just under 4 GiB, the most its 32 bits can say."""
     whole = bytearray(zipped(**WHOLE))
     size = whole.rindex(b"RTE/train.tsv") - 22  # where the directory's entry has it
     whole[size : size + 4] = b"\xfe\xff\xff\xff"
-    write(tmp_path / "glue" / "RTE.zip", bytes(whole))
-    assert len(data.load_task("rte", cache=tmp_path)["train"]) == 500
+    archive = write(tmp_path / "glue" / "RTE.zip", bytes(whole))
+    assert data.LARGEST == 2**32
+    monkeypatch.setattr(data, "LARGEST", 2**31)
+    fails(
+        lambda: data.load_task("rte", cache=tmp_path),
+        str(archive),
+        "RTE/train.tsv",
+        f"{2**31} bytes",
+        "run again",
+    )
+    assert not archive.exists()
 
 
 def test_zip_of_another_task_and_killed_unpacking(server, tmp_path, monkeypatch):
