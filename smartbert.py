@@ -460,9 +460,8 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. criterion: the
     exit criterion, applied after each layer that ran, except layer L; None: no early exit. A row
-    without early exit uses the last head, even if it skipped layer L. layers: run these alone (from
-    0; default all). batch_tokens: of a batch, by default as many as fill the device. Needs eval
-    mode.
+    without early exit uses the last head, even if it skipped layer L. layers: the only layers that
+    exist, from 0; None: all. batch_tokens: default by device. Needs eval mode.
     """
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)

@@ -90,7 +90,7 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set that selects epoch and threshold", 0, 0.99)
+    held_out: float = flag(0.1, "share of the training set, to select by it", 0, 0.99)
     limit: int | None = flag(None, "use only so many training examples", 1, 1e9)
     seed: int = flag(50, "of weights, order and dropout", 0, 1e9)
     # the paper's ablations

@@ -1,4 +1,4 @@
-"""What could per-example skipping gain? A trained SmartBERT on paths that its gates did not choose.
+"""What could per-example skipping gain? A trained SmartBERT on paths its gates did not choose.
 
     python results/ceiling.py runs/cola runs/mrpc --data-dir GLUE
 
@@ -17,7 +17,6 @@ is no better than *greedy*, a smaller fixed BERT would do as well.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
