@@ -10,7 +10,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = json.loads((ROOT / "lesson" / "lesson.ipynb").read_text(encoding="utf-8"))
-SMALL = "--limit 120 --epochs1 2 --epochs2 1 --batch-size 16 --device cpu".split()
+TINY = "--limit 120 --epochs1 2 --batch-size 16 --device cpu".split()
+SMALL = [*TINY, "--epochs2", "1"]
 
 
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
@@ -20,6 +21,9 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "train.py", tmp_path)                # by which a cell knows the folder
     train.main([*SMALL, "--out", "runs/toy"])
     train.main([*SMALL, "--out", "runs/toy-soft", "--soft-gates"])
+    for method in "bert deebert fastbert pabee berxit layerdrop".split():
+        two = ["--epochs2", "1"] if method in ("deebert", "fastbert") else []
+        train.main([*TINY, *two, "--method", method])       # in runs/toy-METHOD
     shown = []
     python = ModuleType("IPython")
     python.get_ipython, python.version_info = lambda: None, (8, 24)
