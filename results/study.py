@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import UserError
 from eval import MAX_DROP, MODES, Row, at_cost, choose
+from train import NOT_IN_RESULT, Settings
 
 # Settings of older files under their present names.
 FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}
@@ -64,8 +65,10 @@ def read_result(path: Path) -> Result:
         curves = {}
         for mode, flops, score in points:
             curves.setdefault(mode, []).append((flops, score))
-        settings = {FORMER_NAMES.get(name, name): value
-                    for name, value in result["settings"].items()}
+        usual = {name: value for name, value in vars(Settings()).items()
+                 if name not in NOT_IN_RESULT}          # of settings that the file does not know
+        settings = usual | {FORMER_NAMES.get(name, name): value
+                            for name, value in result["settings"].items()}
         data = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
         kind = (data, settings["weights"] or "", settings["method"])
         return Result(kind, settings, rows, curves)
@@ -97,7 +100,7 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
         differ = ""
         for name, value in result.settings.items():
             usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
-            if name != "seed" and value != usual:
+            if name not in ("seed", "bf16") and value != usual:
                 differ += f" {name}={value}"
         study.setdefault((*result.kind, differ), []).append(result)
     return dict(sorted(study.items()))
