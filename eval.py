@@ -11,8 +11,9 @@ only), *both*; and *pruned* (a LayerDrop model at a fixed depth). FLOPs are coun
 with gates and heads.
 
 Gates do not depend on the threshold, and an exit only ends a row's computation early. So two
-passes over a split, with and without gates, evaluate all heads and never exit. The results at
-every threshold follow from these two passes. N examples, L layers, C classes.
+passes over a split, with and without gates, evaluate all heads and never exit: the *walks*. `cut`
+ends each row of a walk at its exit, so every threshold follows from two walks. A pruned model
+needs a walk for each depth. N examples, L layers, C classes.
 """
 
 import argparse
@@ -59,7 +60,8 @@ class OperatingPoint:
     chosen: bool = False                    # whether `choose` selected this point
 
     def __str__(self) -> str:
-        name = "depth" if self.mode == "pruned" else "threshold"
+        name = "patience" if self.criterion == "patience" else "threshold"
+        name = "depth" if self.mode == "pruned" else name
         return self.mode + ("" if self.threshold is None else f" at {name} {self.threshold:g}")
 
     @property
@@ -68,7 +70,7 @@ class OperatingPoint:
 
     @property
     def walk(self) -> bool | str:
-        """The name of the walk that it is cut from."""
+        """The key of its walk: whether it uses gates, or the depth of a pruned model."""
         return str(self) if self.mode == "pruned" else self.gated
 
     def kept(self, L: int) -> list[int] | None:
@@ -97,14 +99,19 @@ class Row(OperatingPoint):
 
 def plan(settings: train.Settings, classes: int, L: int,
          thresholds: list[float] | None = None) -> list[OperatingPoint]:
-    """A run's operating points, at these thresholds or at some of the method's own: entropies, as
-    shares of the largest, PABEE's patience, LayerDrop's depth."""
-    criterion, usual = "entropy", [round(share * math.log(classes), 3) for share in SHARES]
-    if settings.method == "pabee":
-        criterion, usual = "patience", range(1, L)
+    """A run's operating points, at these thresholds or at the usual ones of the method: shares of
+    the largest entropy, every patience (PABEE), every depth (LayerDrop); the dearest first."""
     modes = ["exit"] * settings.has_exits + ["both"] * (settings.has_exits and settings.has_gates)
+    criterion, usual = "entropy", [round(share * math.log(classes), 3) for share in SHARES]
+    if settings.method in ("pabee", "layerdrop"):
+        usual = range(L - 1, 0, -1)
+        if not set(thresholds or []) <= set(usual):
+            raise UserError(f"--thresholds of {settings.method} are whole numbers from 1 to "
+                            f"{L - 1}")
+    if settings.method == "pabee":
+        criterion = "patience"
     if settings.method == "layerdrop":
-        modes, usual = ["pruned"], range(1, L)
+        modes = ["pruned"]
     points = [OperatingPoint("plain")] + [OperatingPoint("skip")] * settings.has_gates
     for mode in modes:
         points += [OperatingPoint(mode, number, criterion) for number in thresholds or usual]
@@ -201,8 +208,9 @@ def fine_grid(walks: dict, points: list[OperatingPoint]) -> list[OperatingPoint]
 
 def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = None) -> None:
     """Mark the cheapest point of each mode that loses at most max_drop points of held-out score
-    against the same mode without exits, else the best. With a target speed-up in FLOPs: the point
-    with the most FLOPs that reaches it, else the cheapest. Without scores above 0: none."""
+    against the same mode without exits; if none does, that of the best held-out score. With a
+    target speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest.
+    Where no score is above 0: none."""
     if None in [point.held_out for point in points] or not any(p.held_out for p in points):
         return
     without = {point.mode: point.held_out for point in points if point.threshold is None}
@@ -252,7 +260,7 @@ def bars(row: Row) -> str:
 
 def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> list[str]:
     """What a reader of the table should know first. majority: the score of the majority class."""
-    found, exits = [], [row for row in rows if row.mode == "exit"]
+    found, exits = [], [row for row in rows if row.mode in ("exit", "pruned")]
     for row in rows:
         if row.mode == "skip" and set(row.skip_rate) <= {0, 1}:
             found.append("every example skips the same layers, or none: the gates do not choose")
@@ -262,10 +270,11 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
         starred = row.chosen and row.threshold is not None
         if starred and speedup and row.held_out_flops > 1 / speedup:
             found.append(f"{row.mode}: no threshold reaches --target-speedup {speedup:g}")
-    if exits and not any(sum(row.exit_histogram[:-1]) for row in exits):
+    if rows[-1].mode in ("exit", "both") and not any(sum(row.exit_histogram[:-1])
+                                                     for row in exits):
         found.append("no example ever exits early: the thresholds are too strict")
     if exits and not any(row.held_out for row in rows):
-        found.append("too little was held out of the training set to choose a threshold")
+        found.append("no held-out score is above 0, or nothing was held out: no threshold chosen")
     poor = [str(row) for row in rows if row.score <= majority]
     if poor:
         names = "all rows" if len(poor) == len(rows) else ", ".join(poor)
@@ -326,7 +335,8 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
 
 
 def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """--trace and --predict, at the threshold asked for or that of the last evaluation."""
+    """--trace and --predict, at the threshold asked for or that of the last evaluation, else the
+    dearest."""
     folder, task, chosen = Path(arguments.run), data.find_task(settings.task), []
     points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
     path = folder / "eval.json"
@@ -358,8 +368,10 @@ def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: Sma
     """Choose the thresholds on held-out data, then evaluate each dev set. Raises UserError."""
     folder, task = Path(arguments.run), data.find_task(settings.task)
     points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
-    if (arguments.plot or arguments.criteria) and points[-1].threshold is None:
-        raise UserError(f"{folder} is a plain BERT or had no phase 2: no exits to plot or compare")
+    if (arguments.plot or arguments.criteria) and not settings.has_exits:
+        raise UserError(f"{folder} has no trained exit heads: nothing to plot or compare")
+    if arguments.target_speedup and points[-1].threshold is None:
+        raise UserError(f"{folder} has no exits: --target-speedup has no threshold to choose")
     splits = data.load_task(task.name, arguments.data_dir or settings.data_dir, settings.cache)
     _, held, identity = train.split_training_set(splits["train"], settings)
     train.check_data(folder, identity)
@@ -377,7 +389,7 @@ def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: Sma
         points.sort(key=lambda point: (MODES.index(point.mode), point.threshold or 0))
     for name in task.devs:
         split = data.encode(tokenizer, splits[name], settings.max_length)
-        split.partial |= held.partial
+        split.partial |= identity["partial"]
         evaluate_split(arguments, settings, model, name, split, points)
 
 
@@ -433,7 +445,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", help="the folder of a run that train.py made")
-    add("--thresholds", nargs="+", type=number_from(0), help="exit below these entropies (nats)")
+    add("--thresholds", nargs="+", type=number_from(0), metavar="T",
+        help="exit below these entropies (nats); PABEE: patience; LayerDrop: depth")
     add("--max-drop", type=number_from(0), default=MAX_DROP, metavar="POINTS",
         help="held-out score that exits may lose (default %(default)s)")
     add("--target-speedup", type=number_from(1), metavar="X",

@@ -6,11 +6,12 @@
     python train.py --task cola --weights ~/e5-small --method bert       # the baseline
 
 Phase 1 trains the encoder, the gates, the last head and the projections. Phase 2 freezes them and
-trains the other heads (the paper's two training phases; the release's main.py:71-149). The best
+trains the other heads (the paper's two training phases; the release's main.py:71-149). PABEE and
+BERxiT train all heads in phase 1. The best
 epoch of phase 1 is picked on a held-out part of the training set; the dev set is left to eval.py.
 
 A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt;
-until then checkpoint.pt.
+until then checkpoint.pt. Functions raise UserError for what the user can mend.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
 
 @dataclass
 class Settings:
-    """All settings; in the help of each, what it does and its symbol in the paper."""
+    """All settings. Each help says what it does; Greek names are the paper's symbols."""
     task: str = flag("toy", f"one of {', '.join(data.TASKS)}")
     method: str = flag("smartbert", f"one of {', '.join(METHODS)}; bert is the baseline")
     recipe: str = flag("ours", "default settings: ours, or release for the authors'")
@@ -90,16 +91,16 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set, to select by it", 0, 0.99)
-    limit: int | None = flag(None, "use only so many training examples", 1, 1e9)
-    seed: int = flag(50, "of weights, order and dropout", 0, 1e9)
+    held_out: float = flag(0.1, "share of the training set kept back to select by", 0, 0.99)
+    limit: int | None = flag(None, "use only the first N training examples", 1, 1e9)
+    seed: int = flag(50, "of weights, order, dropout and the held-out rows", 0, 1e9)
     # the paper's ablations
     no_skipping: bool = flag(False, "ablation: gates that never skip; exits only")
     no_contrast: bool = flag(False, "ablation: eta_1 = eta_2 = 0")
     soft_gates: bool = flag(False, "ablation: no hard weight, gates stay soft through phase 1")
     # the machine
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    bf16: bool = flag(False, "bfloat16: faster on GPUs and on CPUs with AMX or AVX512-BF16 alone")
+    bf16: bool = flag(False, "bfloat16: faster on GPUs; on CPUs only with AMX or AVX512-BF16")
     resume: bool = flag(False, "continue a run that was stopped, from the end of its last epoch")
     overwrite: bool = flag(False, "start over in a folder that already holds a run")
 
@@ -116,7 +117,7 @@ class Settings:
         return self.has_phase2 or self.method in ("pabee", "berxit")
 
 
-# Where a task's settings differ from the defaults, as measured with encoders of 12 layers x 384.
+# Where a task's settings differ from the defaults; GLUE's as measured with encoders of 12 x 384.
 RECIPES = {
     "toy": dict(lr=5e-4, epochs1=16, epochs2=4, dropout=0.0, budget=0.65, penalty_start=0.4,
                 penalty_full=0.75, full_share=0.25),
@@ -143,12 +144,10 @@ def check(settings: Settings) -> None:
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         name = f"--{f.name.replace('_', '-')} {value!r:.60}"
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = isinstance(0.5 if is_number and isinstance(0.5, f.type) else value, f.type)
-        if not fits or (isinstance(value, bool) and f.type is not bool):
-            kind = getattr(f.type, "__name__", f.type)
-            raise UserError(f"{name}: give a value of type {kind}")
-        if is_number and not low <= value <= high:                      # false for NaN as well
+        kinds = getattr(f.type, "__args__", (f.type,))          # str | None: (str, NoneType)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            raise UserError(f"{name}: give a value of type {getattr(f.type, '__name__', f.type)}")
+        if type(value) in (int, float) and not low <= value <= high:    # false for NaN as well
             raise UserError(f"{name}: give a number from {low:g} to {high:g}")
     for name, options in (("method", METHODS), ("recipe", ("ours", "release"))):
         if getattr(settings, name) not in options:
@@ -160,7 +159,7 @@ def check(settings: Settings) -> None:
 # --- What training starts from ------------------------------------------------------------------
 
 def pick_device(name: str) -> torch.device:
-    """auto takes the best device that is there. Raises UserError for one that is not."""
+    """auto takes the best device that is there."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there.append("cpu")
     if name not in ("auto", *there):
@@ -170,8 +169,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: Task) -> SmartBert:
-    """A SmartBert around the weights in a folder, or around a small fresh encoder for the toy.
-    vocabulary: the tokenizer's words. Raises UserError."""
+    """A SmartBert around the weights in a folder (a finished run of the same task gives its last
+    head too), or around a small fresh encoder for the toy. vocabulary: the tokenizer's words."""
     dropout = {"hidden_dropout_prob": settings.dropout,
                "attention_probs_dropout_prob": settings.dropout}
     former = None
@@ -182,7 +181,7 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
                                num_attention_heads=4, intermediate_size=128,
                                max_position_embeddings=128, initializer_range=64**-0.5, **dropout))
     elif is_run(folder):
-        former = load_run(folder, torch.device("cpu"))[1]
+        made, former = load_run(folder, torch.device("cpu"))
         bert = Bert(replace(former.bert.config, **dropout))
         bert.load_state_dict(former.bert.state_dict())
     else:
@@ -206,7 +205,7 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
     # No skipping: gates that start at g = sigmoid(-30), about 0, and are not trained.
     bias = -30.0 if settings.no_skipping else settings.gate_bias
     model = SmartBert(bert, len(task.labels), bias)
-    if former and former.heads[-1].out.out_features == len(task.labels):
+    if former and made.task == task.name:
         model.heads[-1].load_state_dict(former.heads[-1].state_dict())
     return model
 
@@ -222,41 +221,34 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
 
 
 def set_up(settings: Settings) -> tuple:
-    """What a run starts from: the model, its tokenizer, the encoded training set, the name of the
-    split that judges epochs and this split, what identifies the data, and whether phase 1 is done
-    already. Completes the settings. Raises UserError."""
+    """What a run starts from: model, tokenizer, the encoded training set, the encoded split that
+    judges epochs and its name, the data's digests, and how many epochs the weights have had."""
     device, task = pick_device(settings.device), data.find_task(settings.task)
-    if task.name != "toy" and not settings.weights:
-        settings.weights = DEFAULT_WEIGHTS
-    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
     if task.name == "toy":  # its tensors are tiny: a second thread would only cost time
         torch.set_num_threads(1)
+    elif not settings.weights:
+        settings.weights = DEFAULT_WEIGHTS
+    folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    training, held, identity = split_training_set(splits["train"], settings)
-    name, validation = "held-out", held
-    if not held:
+    training, validation, digests = split_training_set(splits["train"], settings)
+    name, done = "held-out", 0
+    if not validation:
         name, validation = task.devs[0], splits[task.devs[0]]
-        say(f"warning: nothing is held out, so {name} both selects the epoch and is reported")
+        say(f"warning: nothing is held out, so {name} both selects the epoch and is reported",
+            sys.stderr)
+    former = read_settings(folder) if folder and is_run(folder) else None
+    if former and former.task == task.name:
+        check_data(folder, digests)         # or it may have been trained on what is held out here
+        if former.method == "bert" and settings.method in ("deebert", "fastbert"):
+            done = settings.epochs1         # a plain BERT is their phase 1
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
     if settings.lr is None:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
-    started = folder is not None and is_run(folder) and has_stage1(folder, settings, identity)
-    training = data.encode(tokenizer, training, settings.max_length)
-    validation = data.encode(tokenizer, validation, settings.max_length)
-    return model, tokenizer, training, name, validation, identity, started
-
-
-def has_stage1(folder: Path, settings: Settings, identity: dict) -> bool:
-    """Whether the run in this folder is a plain BERT, which is phase 1 of DeeBERT and FastBERT.
-    Raises UserError where it saw other data of the same task: it may have been trained on rows
-    that are held out here."""
-    former = read_settings(folder)
-    if former.task != settings.task:
-        return False
-    check_data(folder, identity)
-    return former.method == "bert" and settings.method in ("deebert", "fastbert")
+    training, validation = [data.encode(tokenizer, split, settings.max_length)
+                            for split in (training, validation)]
+    return model, tokenizer, training, validation, name, digests, done
 
 
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
@@ -322,9 +314,9 @@ def penalty_now(settings: Settings, progress: float) -> dict:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, steps: int) -> None:
-    """Linear warm-up, then linear decay to 0. Phase 1 has two such rounds: up to penalty_start
-    without the gates, then with them. The first step takes the rate of the second, because its own
-    would be 0."""
+    """Linear warm-up, then linear decay to 0. With gates, phase 1 has two such rounds: up to
+    penalty_start without them, then with them. The first step takes the rate of the second,
+    because its own would be 0."""
     gates = any(group["gates"] for group in optimizer.param_groups)
     start = math.ceil(settings.penalty_start * steps) if gates else 0   # of the second round
     if step < start:
@@ -335,13 +327,12 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
     falling = (length - done) / ((1 - settings.warmup) * length)
     for group in optimizer.param_groups:
         frozen = group["gates"] and step < start
-        group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling)
+        group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling, 1.0)
 
 
 def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, step: int,
             progress: float, hard: bool) -> dict[str, Tensor]:
-    """The step's loss, and what it is made of: scalars, and run, the share of the examples that
-    ran each layer, (L,)."""
+    """The step's loss and its parts: scalars; and run (L,), the mean of 1 - g of each layer."""
     inputs, labels = (batch.ids, batch.segment_ids, batch.mask), batch.labels
     if settings.method == "berxit":
         return {"loss": berxit_loss(model, inputs, labels, step)}
@@ -351,15 +342,15 @@ def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, step
     if phase == 2:
         return {"loss": phase2_loss(model, *inputs, labels, eta2=eta2, tau2=settings.tau2,
                                     full_share=settings.full_share)}
-    result = phase1_loss(model, *inputs, labels, hard=hard, penalty=penalty_now(settings, progress),
-                         eta1=eta1, tau1=settings.tau1, full_share=settings.full_share)
+    penalty = penalty_now(settings, progress)
+    result = phase1_loss(model, *inputs, labels, hard=hard, penalty=penalty, eta1=eta1,
+                         tau1=settings.tau1, full_share=settings.full_share)
     return vars(result) | {"run": result.run.mean(0)}
 
 
 def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Split,
                 settings: Settings, phase: int, epoch: int) -> list[dict]:
-    """One pass over the training set. Returns the log: means over every 20 steps. Raises UserError
-    where the loss is not finite."""
+    """One pass over the training set. Returns the log: means over every 20 steps."""
     model.train()
     if phase == 2:                                  # no dropout in what is frozen (deviation 5)
         model.eval()
@@ -391,7 +382,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1} of phase {phase}, epoch "
-                                f"{epoch + 1}: try a lower --lr or --lr-new")
+                                f"{epoch + 1}: start over with a lower --lr or --lr-new")
     return log
 
 
@@ -410,14 +401,12 @@ def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Set
 # --- The best epoch of phase 1 ------------------------------------------------------------------
 
 def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> dict:
-    """What counts when an epoch of phase 1 is compared with another. share: of the layers run.
-
-    A budget is met within a tenth. With lambda there is none, so no epoch meets it.
-    """
-    budget = settings.budget if settings.lam is None else 0.0
-    full = settings.penalty_full if settings.lam is None else settings.penalty_start
+    """What counts when an epoch of phase 1 is compared with another. share: of the layers run. A
+    budget counts as met up to 10 % above it; lambda promises none."""
+    by_budget = settings.lam is None
+    full = settings.penalty_full if by_budget else settings.penalty_start
     return {"hard": epoch >= settings.soft_epochs or settings.soft_gates,
-            "met": not settings.has_gates or share <= 1.1 * budget,
+            "met": not settings.has_gates or (by_budget and share <= 1.1 * settings.budget),
             "full": (epoch + 1) / settings.epochs1 > full, "score": score, "share": share}
 
 
@@ -426,7 +415,7 @@ def is_better(new: dict, best: dict | None) -> bool:
     an epoch would win by its score, so the score is compared only where the rest is equal."""
     if best is None:
         return True
-    if new["hard"] != best["hard"]:                     # as inference is
+    if new["hard"] != best["hard"]:                     # gates trained as they are used
         return new["hard"]
     if new["met"] != best["met"]:                       # the budget, or
         return new["met"]
@@ -440,42 +429,37 @@ def is_better(new: dict, best: dict | None) -> bool:
 # --- Both phases --------------------------------------------------------------------------------
 
 def train(settings: Settings) -> Path:
-    """Both phases, or what the method has of them; returns the run's folder. Raises UserError.
+    """Both phases, or what the method has of them; returns the run's folder.
 
     After every epoch checkpoint.pt holds all that is needed to continue with the same result.
     """
     check(settings)
     out = find_folder(settings)
-    model, tokenizer, training, name, validation, identity, started = set_up(settings)
+    model, tokenizer, training, validation, name, identity, done = set_up(settings)
     device, task = next(model.parameters()).device, data.find_task(settings.task)
     validation_pools, L = pools(validation, device), len(model.gates)
-    schedule = [(1, epoch) for epoch in range(settings.epochs1)]
-    schedule += [(2, epoch) for epoch in range(settings.epochs2 * settings.has_phase2)]
-    if settings.resume and (out / "settings.json").is_file():
+    epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
+    schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
+    there = [name for name in ("checkpoint.pt", "model.pt") if (out / name).is_file()]
+    if settings.resume and there:
         check_same(out, settings, identity)
     else:
         start_over(out, settings, identity, tokenizer)
     if (out / "model.pt").is_file():
-        load_run(out, device)                           # or it says what is wrong with it
+        load_run(out, device)                           # raises UserError if it is damaged
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{out} is finished already")
         return out
-    state = {"done": settings.epochs1 * started, "best": None, "best_model": None, "log": []}
-    before, optimizer = None, None
-    if (out / "checkpoint.pt").is_file():
-        before = load_file(out / "checkpoint.pt")
-        state = before["state"]
-        model.load_state_dict(before["model"])
+    state, optimizer = {"done": done, "best": None, "best_model": None, "log": []}, None
+    if "checkpoint.pt" in there and settings.resume:
+        state, optimizer = load_checkpoint(out, model, settings, schedule)
         say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
     for phase, epoch in schedule[state["done"]:]:
         if phase == 2 and epoch == 0 and state["best_model"]:
             model.load_state_dict(state["best_model"])
-        if optimizer is None or epoch == 0:
+        if epoch == 0:
             optimizer = make_optimizer(model, settings, phase)
-        if before:
-            restore(before, optimizer if epoch > 0 else None)
-            before = None
         start = time.time()
         state["log"] += train_epoch(model, optimizer, training, settings, phase, epoch)
         loss = state["log"][-1]["loss"]
@@ -484,16 +468,15 @@ def train(settings: Settings) -> Path:
         score, seconds = seen[task.metrics[0]], time.time() - start
         state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
                              name: seen})
-        epochs = settings.epochs1 if phase == 1 else settings.epochs2
-        say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss:.3f}  {name} {score:.3f} with "
-            f"{seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
+        say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
+            f"{score:.3f} with {seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
         new = judge_epoch(settings, epoch, score, seen["layers"] / L)
         if phase == 1 and is_better(new, state["best"]):
             state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
         state["done"] += 1
-        save_progress(out, model, optimizer, state)
+        save_checkpoint(out, model, optimizer, state)
 
-    if schedule[-1][0] == 1:
+    if schedule[-1][0] == 1 and state["best_model"]:    # none where another run did phase 1
         model.load_state_dict(state["best_model"])
     save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
          classes=len(task.labels))
@@ -504,8 +487,7 @@ def train(settings: Settings) -> Path:
 # --- A run's folder -----------------------------------------------------------------------------
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a run. Raises UserError where settings.json is missing, damaged or of
-    another version."""
+    """The settings of a run."""
     path = folder / "settings.json"
     if not path.is_file():
         raise UserError(f"{folder} is not there or has no settings.json, so it holds no run: name "
@@ -534,7 +516,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_folder(settings: Settings) -> Path:
-    """The run's folder. Nothing in it changes yet. Raises UserError where it must not be used."""
+    """The run's folder. Nothing in it changes yet."""
     suffix = "" if settings.method == "smartbert" else f"-{settings.method}"
     out = Path(os.path.expanduser(settings.out or f"runs/{settings.task}{suffix}"))
     if out.exists() and not out.is_dir():
@@ -544,35 +526,37 @@ def find_folder(settings: Settings) -> Path:
     if foreign and not is_run(out):
         raise UserError(f"--out {out} is not empty and holds no run, but files such as "
                         f"{min(foreign)}: name a new folder, so that nothing of yours is lost")
+    if settings.weights and Path(os.path.expanduser(settings.weights)).resolve() == out.resolve():
+        raise UserError(f"--out {out} is also the run to start from: name another folder")
     there = {"checkpoint.pt", "model.pt"} & set(names)
     if there and not settings.resume and not settings.overwrite:
         raise UserError(f"{out} already holds a run: continue it with --resume, replace it with "
                         f"--overwrite, or name another folder with --out")
-    if settings.resume and not foreign:
-        say(f"nothing to resume in {out}: starting from the beginning")
+    if settings.resume and not there:
+        say(f"nothing to resume in {out}: starting from the beginning", sys.stderr)
     return out
 
 
 def start_over(out: Path, settings: Settings, identity: dict,
                tokenizer: BertWordPieceTokenizer) -> None:
-    """Make the folder of a new run; a run that is there goes. Raises UserError."""
+    """Make the folder of a new run; a run that is there goes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
-    for pattern in "checkpoint.pt model.pt log.jsonl eval*.json".split():
+    for pattern in "checkpoint.pt model.pt log.jsonl eval*.json *.png".split():
         for stale in out.glob(pattern):
             stale.unlink()
+    data.write_json(out / "settings.json", asdict(settings))    # first: it makes this folder a run
     data.write_json(out / "data.json", identity)
     data.write_vocabulary(tokenizer, out)
-    data.write_json(out / "settings.json", asdict(settings))
 
 
 def check_same(out: Path, settings: Settings, identity: dict) -> None:
     """Raise UserError where the run to be resumed had other settings or data."""
     before, now = asdict(read_settings(out)), asdict(settings)
-    for name in now.keys() - NOT_IN_RESULT:
-        if before[name] != now[name]:
+    for name in now:
+        if name not in NOT_IN_RESULT and before[name] != now[name]:
             raise UserError(f"{out} was started with {name} = {before[name]}, not {now[name]}: "
                             f"resume with the same settings")
     check_data(out, identity)
@@ -586,8 +570,8 @@ def check_data(folder: Path, identity: dict) -> None:
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged: train again with --overwrite")
     if not same:
-        raise UserError(f"{folder} was trained on another train.tsv, or held out other rows of it "
-                        f"(--seed, --limit, --held-out): name the same data with --data-dir")
+        raise UserError(f"{folder} was trained on another train.tsv, or held out other rows of it:"
+                        f" use the --data-dir, --seed, --limit and --held-out of that run")
 
 
 def save(path: Path, **content) -> None:
@@ -596,8 +580,7 @@ def save(path: Path, **content) -> None:
 
 
 def load_file(path: Path) -> dict:
-    """A .pt file that train.py wrote. Raises UserError where it is missing, truncated or of
-    another version."""
+    """A .pt file that train.py wrote."""
     try:
         content = read_torch_file(path, "let train.py finish the run with --resume, or start "
                                         "over with --overwrite")
@@ -610,7 +593,7 @@ def load_file(path: Path) -> dict:
 
 
 def load_run(folder: str | Path, device: torch.device) -> tuple[Settings, SmartBert]:
-    """Settings and trained model of a run. Raises UserError."""
+    """Settings and trained model of a run."""
     settings, content = read_settings(Path(folder)), load_file(Path(folder) / "model.pt")
     try:
         model = SmartBert(Bert(BertConfig(**content["config"])), content["classes"])
@@ -621,31 +604,36 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[Settings, SmartB
     return settings, model.to(device).eval()
 
 
+def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
+                    state: dict) -> None:
+    """The log, and all that a run needs to continue. state: the epochs done (of both phases), the
+    best of phase 1 and its weights, the log."""
+    lines = "".join(json.dumps(record) + "\n" for record in state["log"])
+    data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
+    save(out / "checkpoint.pt", state=state, model=model.state_dict(), rng=torch.get_rng_state(),
+         optimizer=optimizer.state_dict(), cuda_rng=torch.cuda.get_rng_state_all())
+
+
+def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: list) -> tuple:
+    """The state and the optimizer of a run; its weights go into the model."""
+    checkpoint = load_file(out / "checkpoint.pt")
+    try:
+        state = checkpoint["state"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer = make_optimizer(model, settings, schedule[state["done"] - 1][0])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])            # [] without a GPU
+        return state, optimizer
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
+        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights or another device: "
+                        f"start over with --overwrite")
+
+
 def of_result(settings: Settings) -> dict:
     """The settings that decide on a run's result; of the weights only the name."""
     kept = {name: value for name, value in vars(settings).items() if name not in NOT_IN_RESULT}
     return kept | {"weights": settings.weights and Path(settings.weights).name}
-
-
-def save_progress(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
-                  state: dict) -> None:
-    """The log, and checkpoint.pt with all that a run needs to continue. state: the epochs done (of
-    both phases), the best of phase 1, its weights and the log."""
-    lines = "".join(json.dumps(record) + "\n" for record in state["log"])
-    data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-    save(out / "checkpoint.pt", state=state, model=model.state_dict(), rng=torch.get_rng_state(),
-         optimizer=optimizer.state_dict(),
-         cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-
-
-def restore(before: dict, optimizer: torch.optim.Optimizer | None) -> None:
-    """Restore a checkpoint's optimizer and random numbers. optimizer: None where a phase
-    begins."""
-    if optimizer is not None:
-        optimizer.load_state_dict(before["optimizer"])
-    torch.set_rng_state(before["rng"])
-    if before["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(before["cuda_rng"])
 
 
 # --- From the command line ----------------------------------------------------------------------
@@ -659,18 +647,16 @@ def open_streams() -> None:
             getattr(sys, name).reconfigure(errors="replace")
 
 
-def say(text: str) -> None:
-    """Print a line. Warnings go to stderr. A run must not die because nobody reads it any more."""
-    warning = text.startswith(("warning", "nothing"))
+def say(text: str, file=None) -> None:
+    """Print a line. A run must not die because nobody reads it any more."""
     try:
-        print(text, file=sys.stderr if warning else sys.stdout, flush=True)
+        print(text, file=file, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
 
 def parse(arguments: list[str] | None) -> Settings:
-    """The settings from the command line, over the task's recipe, over the defaults. Raises
-    UserError for a flag that the method does not have."""
+    """The settings from the command line, over the task's recipe, over the defaults."""
     first = argparse.ArgumentParser(add_help=False)     # for what decides on the defaults
     first.add_argument("--task", default="toy")
     first.add_argument("--recipe")
@@ -681,6 +667,7 @@ def parse(arguments: list[str] | None) -> Settings:
     for f in fields(Settings):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         kind, default = getattr(f.type, "__args__", (f.type,))[0], recipe.get(f.name, f.default)
+        help = help.split(" (default")[0] if f.name in recipe else help
         if kind is bool:                                                # str | None: str
             parser.add_argument(name, action="store_true", help=help)
         else:
@@ -688,9 +675,13 @@ def parse(arguments: list[str] | None) -> Settings:
             parser.add_argument(name, type=kind, help=help + default)
     given = vars(parser.parse_args(arguments))
     settings = Settings(**recipe | given)
+    if "budget" in given and "lam" not in given:        # --recipe release has a lambda
+        settings.lam = None
+    if settings.resume and settings.overwrite:
+        raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
     foreign = set() if settings.method == "smartbert" else SMARTBERT_ONLY & given.keys()
-    if "epochs2" in given and settings.method in METHODS and not settings.has_phase2:
-        foreign |= {"epochs2"} if settings.epochs2 else set()
+    if given.get("epochs2") and settings.method in METHODS and not settings.has_phase2:
+        foreign.add("epochs2")
     if foreign:
         raise UserError(f"--{min(foreign).replace('_', '-')} means nothing to --method "
                         f"{settings.method}: leave it out")

@@ -51,7 +51,8 @@ def plot(folder: Path, title: str, rows: list, points: list, row, outcome: Outco
     plot_layers(plt, folder / "layers.png", title, row)
     plot_examples(plt, folder / "examples.png", f"{title}: {row}", outcome)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    plot_training(plt, folder / "training.png", title, metric, log)
+    if any("run" in line for line in log):              # a model with gates
+        plot_training(plt, folder / "training.png", title, metric, log)
 
 
 def plot_scores(plt, path: Path, title: str, metric: str, key: str, rows: list,

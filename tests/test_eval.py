@@ -531,4 +531,4 @@ def test_nothing_is_chosen_where_every_held_out_score_is_0():
     rows = [row("plain", 0.0, 1.0), row("exit", 0.0, 0.3, 0.1)]
     choose(rows)
     assert not any(r.chosen for r in rows)
-    assert any("too little was held out" in line for line in evaluation.warnings(rows, 0.0))
+    assert any("no threshold chosen" in line for line in evaluation.warnings(rows, 0.0))

@@ -168,7 +168,43 @@ def test_a_start_from_a_run_has_its_weights(tmp_path):
     assert model.bert.config.hidden_dropout_prob == .25
 
 
+def test_a_run_that_starts_from_another_without_phase_2(tmp_path):
+    """Nothing is left to train: the model is the BERT."""
+    bert, out = tmp_path / "bert", tmp_path / "out"
+    train.main(["--method", "bert", *TOY, "--out", str(bert)])
+    train.main(["--method", "deebert", *TOY, "--epochs2", "0", "--weights", str(bert),
+                "--out", str(out)])
+    assert torch.load(out / "model.pt", weights_only=True)["model"].keys() == \
+        torch.load(bert / "model.pt", weights_only=True)["model"].keys()
+
+
+def test_the_head_of_another_task_is_not_taken(tmp_path):
+    """RTE's class 1 is not MRPC's."""
+    bert = tmp_path / "bert"
+    train.main(["--method", "bert", *TOY, "--out", str(bert)])
+    settings = json.loads((bert / "settings.json").read_text()) | {"task": "mnli"}
+    (bert / "settings.json").write_text(json.dumps(settings))
+    model, *_ = train.set_up(Settings(weights=str(bert), limit=90, device="cpu"))
+    former = train.load_run(bert, torch.device("cpu"))[1]
+    assert torch.equal(model.bert.layers[0].up.weight, former.bert.layers[0].up.weight)
+    assert not torch.equal(model.heads[-1].out.weight, former.heads[-1].out.weight)
+
+
+def test_numbers_of_pabee_and_layerdrop_are_whole(tmp_path, refused):
+    for method in ("pabee", "layerdrop"):
+        out = tmp_path / method
+        train.main(["--method", method, *TOY, "--out", str(out)])
+        for wrong in ("0.5", "0", "6"):
+            refused(evaluation.main, [out, "--thresholds", wrong], "whole numbers from 1 to 5")
+        evaluation.main([str(out), "--thresholds", "2", "--repeats", "1", "--device", "cpu"])
+        rows = json.loads((out / "eval.json").read_text())["rows"]
+        assert [row["threshold"] for row in rows] == [None, 2]
+    refused(evaluation.main, [out, "--criteria"], "no trained exit heads")
+    assert rows[1]["layers"] == 2 and rows[1]["seconds"] > 0
+
+
 @pytest.mark.parametrize("flags, named", [
+    ("--resume --overwrite", "give one of them"), ("--weights x --out x", "another folder"),
     ("--method deebert --budget .5", "--budget"), ("--method bert --no-contrast", "--no-contrast"),
     ("--method pabee --epochs2 3", "--epochs2"), ("--method berxit --lam .1", "--lam"),
     ("--method elbert", "smartbert, bert, deebert")])
@@ -183,3 +219,5 @@ def test_the_release_recipe():
     assert (settings.gate_bias, settings.penalty_start, settings.lr) == (0, 0, 2e-5)
     assert (settings.batch_size, settings.eta1, settings.eta2) == (16, .01, .05)
     assert (settings.tau1, settings.tau2, settings.lr_new) == (.5, .55, 1e-3)
+    settings = train.parse("--recipe release --budget .5".split())
+    assert (settings.lam, settings.budget) == (None, .5)    # a budget replaces its lambda

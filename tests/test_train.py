@@ -348,7 +348,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
             str(tmp_path / "bert"),
         ]
     )
-    refused(evaluation.main, [tmp_path / "bert", "--criteria"], "plain BERT")
+    refused(evaluation.main, [tmp_path / "bert", "--criteria"], "no trained exit heads")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[: len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"

@@ -361,7 +361,8 @@ def kept(epochs: list[tuple[float, float]], **settings) -> int:
     ([(.9, 1.), (.8, .9)], dict(budget=.5, method="bert"), 1),
     # where none meets it, the best of those that were penalised in full
     ([(.9, 1.), (.8, .9), (.7, .8), (.6, .7)], dict(budget=.5, penalty_full=.5), 3),
-    ([(.9, 1.), (.8, .9), (.7, .8)], dict(lam=.1, penalty_start=.4, penalty_full=.8), 2)])
+    ([(.9, 1.), (.8, .9), (.7, .8)], dict(lam=.1, penalty_start=.4, penalty_full=.8), 2),
+    ([(.9, .5), (.1, 0.)], dict(lam=.1, penalty_start=0.), 1)])     # to skip everything is no merit
 def test_which_epoch_is_kept(epochs, settings, number):
     assert kept(epochs, **settings) == number
 
