@@ -104,7 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{'run':<12} {'layers':>6} {'paths':>6} {'gates':>7} {'shuffled':>9} "
               f"{'most run':>9} {'greedy':>7} {'plain':>7}")
         for run in asked.runs:
-            found = ceiling(Path(run), asked.data_dir)
+            bf16 = train.read_settings(Path(run)).bf16              # as trained
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                found = ceiling(Path(run), asked.data_dir)
             results.append(found)
             print("{run:<12} {layers:>6.2f} {patterns:>6} {gates:>7.3f} {shuffled:>9.3f} "
                   "{most_run:>9.3f} {greedy:>7.3f} {plain:>7.3f}".format(**found), flush=True)
