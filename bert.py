@@ -1,10 +1,10 @@
 """BERT's encoder, from its weights on disk to its hidden states.
 
 SmartBERT is built on it: embeddings and a stack of L identical layers (Devlin et al. 2019, section
-3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. The only difference from
-other BERT code: each layer can be run separately, on any subset of the rows.
+3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. Unlike most
+BERT code it has no pooler, and each layer can be run alone, on any subset of the rows.
 
-    bert = load_bert("path/to/bert-base-uncased")   # config.json, vocab.txt, pytorch_model.bin
+    bert = load_bert("path/to/bert-base-uncased")   # config.json and pytorch_model.bin
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
 
 Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H),
@@ -83,7 +83,7 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: attention mixes the tokens, then a feed-forward network changes each of them."""
+    """One layer: attention mixes the tokens, then a feed-forward network transforms each one."""
 
     def __init__(self, config: BertConfig):
         super().__init__()

@@ -5,13 +5,12 @@ Inference", IJCAI 2023. Every layer gets two small modules. A *skipping gate* re
 layer and decides whether this example runs it. An *exit head* reads what leaves the layer and
 decides whether the answer is already certain.
 
-The order: gate and exit head, hard weight, inference for one example, contrast, losses of the two
-training phases, the methods before it, exit criteria, inference for many examples, cost. "Release"
-means the authors' code (github HuBoren99/SmartBert); SmartBert.py:98 means line 98 of its
-models/SmartBert.py.
+"Release" means the authors' code (github HuBoren99/SmartBert); SmartBert.py:98 is line 98 of its
+models/SmartBert.py. "Deviation 12" is number 12 of the README's list.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
-C classes, N rows of a pool (the examples that one call of `infer` gets), n some of these rows.
+C classes, N rows of a pool (all examples of one call of `infer`), n rows of them. mask is True at
+real tokens, False at padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ class ClsAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h (B, S, H), mask (B, S) or None -> what [CLS] saw (B, W), the tokens z (B, S, W)."""
+        """h (B, S, H), mask (B, S) or None -> attention's output at [CLS] (B, W), z (B, S, W)."""
         B, S, _ = h.shape
         z = torch.tanh(self.inner(h))                                       # z = tanh(W_in h)
         # q (B, heads, 1, W / heads); k, v (B, heads, S, W / heads)
@@ -62,13 +61,13 @@ class ClsAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """g = P(skip this layer), from what would enter the layer (models/Gate.py)."""
+    """g = P(skip this layer), from the layer's input (models/Gate.py)."""
 
     def __init__(self, hidden_size: int, width: int, dropout: float, bias: float):
         super().__init__()
         self.body = ClsAttention(hidden_size, width, heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, bias)      # below 0: layers run at first (deviation 11)
+        nn.init.constant_(self.out.bias, bias)      # below 0, g < 1/2: layers run (deviation 11)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H) -> g (B,)."""
@@ -84,7 +83,7 @@ def projection(inputs: int, width: int) -> nn.Sequential:
 
 
 class ExitHead(nn.Module):
-    """The task's classifier after one layer, as small as a gate (models/Classifier.py)."""
+    """The task's classifier after one layer, nearly as small as a gate (models/Classifier.py)."""
 
     def __init__(self, hidden_size: int, width: int, classes: int, dropout: float):
         super().__init__()
@@ -204,16 +203,16 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}              (SmartBert.py:91-103)
 
     In training, skipped layers are computed too: the gradient of g_i needs layer_i(h_{i-1}).
-    full_share: of the rows, drawn at random, run every layer whatever their gates say, so that the
-    full model stays good (deviation 14).
-    With d layers run, returns the inputs [h_0 .. h_{d-1}], the raw outputs [layer_i(h_{i-1})] and
-    h_d (each (B, S, H)), then the soft gates and the gates as used (each (B, d)).
+    full_share: this share of the rows, drawn at random, ignores the gates and runs every layer, so
+    that the full model stays good (deviation 14).
+    Returns, for the d layers run: the inputs [h_0 .. h_{d-1}], the raw outputs [layer_i(h_{i-1})]
+    and h_d (each (B, S, H)); then g before and after the hard weight (each (B, d)).
     """
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
-    gated = torch.ones(len(ids), device=h.device)                           # (B,), 0: run in full
+    obeys = torch.ones(len(ids), device=h.device)                           # (B,), 0: run in full
     if full_share:
-        gated = (torch.rand(len(ids), device=h.device) >= full_share).float()
+        obeys = (torch.rand(len(ids), device=h.device) >= full_share).float()
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         output = layer(h, m)                                                # (B, S, H)
         g_soft = gate(h, m)                                                 # (B,)
@@ -222,7 +221,7 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
         outputs.append(output)
         soft.append(g_soft)
         used.append(g)
-        g = (g * gated)[:, None, None]                                      # (B, 1, 1)
+        g = (g * obeys)[:, None, None]                                      # (B, 1, 1)
         h = (1 - g) * output + g * h
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
@@ -234,8 +233,8 @@ def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1
         paper:   lam / sum_i mean_batch(g_i)                            (SmartBert.py:96, 110)
         budget:  budget_weight * max(0, mean(1 - g) - budget)^2         0 within the budget
 
-    soft, used: the gates (B, L) before and after the hard weight. The paper's sum uses the soft
-    gates even when hard gates are used; ours uses the gates as used. Returns a scalar.
+    soft, used: the gates (B, L) before and after the hard weight. The paper's sum takes the soft
+    gates even when hard ones are used; ours takes those that are used. Returns a scalar.
     """
     if lam:
         return lam / soft.mean(0).sum()
@@ -244,7 +243,8 @@ def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1
 
 @dataclass
 class Phase1:
-    """Phase 1's loss and its parts (scalars); run (B, L): 1 - g as used, of each row and layer."""
+    """Phase 1's loss and its parts (scalars); run (B, L): 1 - g after the hard weight. Rows that
+    run in full (full_share) count as their gates say."""
     loss: Tensor
     task: Tensor
     penalty: Tensor
@@ -284,7 +284,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     u_i = project_i(z_i), where z_i are the tokens after head i's own W_in. Only these heads are
     trained; the encoder, the gates and the last head are frozen. The hidden states follow the hard
     gates, but head i always reads layer_i(h_{i-1}), even where the gate skips layer i.
-    ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
+    full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
     """
     last = len(model.heads) - 1
     with torch.no_grad():
@@ -302,13 +302,13 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     return (1 - eta2) * task + eta2 * (sum(pairs) / len(pairs))
 
 
-# --- The methods before it ----------------------------------------------------------------------
+# --- Earlier methods, for comparison ------------------------------------------------------------
 
 # The same encoder and heads with other losses. inputs: ids, segment_ids, mask, each (B, S); labels
 # (B,). Each loss is a scalar. CE_i: the cross-entropy of head i, which reads h_i.
 
 def every_head(model: SmartBert, inputs: tuple) -> list[Tensor]:
-    """Plain BERT with all heads asked: their logits, L tensors (B, C)."""
+    """The logits of every head without gates: L tensors (B, C)."""
     hiddens, m = model.bert(*inputs), mask_or_none(inputs[2])
     return [head(h, m)[0] for head, h in zip(model.heads, hiddens[1:])]
 
@@ -319,15 +319,17 @@ def bert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
 
 
 def deebert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
-    """sum_i CE_i for i < L, on a frozen encoder: the second stage of DeeBERT (Xin et al. 2020,
-    section 3). SmartBERT's phase 2 is this, with a contrast and on the path of its gates."""
+    """sum_i CE_i for i < L: the second stage of DeeBERT (Xin et al. 2020; castorini/DeeBERT).
+    train.make_optimizer freezes encoder and last head. SmartBERT's phase 2 adds the contrast and
+    lets the gates choose the path."""
     *early, _ = every_head(model, inputs)
     return sum(F.cross_entropy(logits, labels) for logits in early)
 
 
 def fastbert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
-    """sum_i KL( p_L || p_i ) for i < L: FastBERT's self-distillation (Liu et al. 2020, section
-    3.3; run_fastbert.py). The heads learn the last head's answer p_L; labels are not used."""
+    """sum_i KL( p_L || p_i ) for i < L: FastBERT's self-distillation (Liu et al. 2020), in the
+    direction of its code (autoliuweijie/FastBERT, run_fastbert.py). The heads learn the last
+    head's answer p_L; labels are not used."""
     *early, last = every_head(model, inputs)
     teacher = last.detach().log_softmax(-1)
     return sum(F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
@@ -336,7 +338,7 @@ def fastbert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
 
 def pabee_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
     """sum_i i CE_i / sum_i i: one stage for encoder and heads, later heads weigh more (PABEE, Zhou
-    et al. 2020, section 3.2; modeling_bert.py). Its exit criterion is `patience`."""
+    et al. 2020; JetRunner/PABEE, modeling_bert.py). Its exit criterion is `patience`."""
     losses = [F.cross_entropy(logits, labels) for logits in every_head(model, inputs)]
     weighted = sum(i * loss for i, loss in enumerate(losses, start=1))
     return weighted / sum(range(1, len(losses) + 1))
@@ -344,8 +346,9 @@ def pabee_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
 
 def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor,
                 step: int) -> Tensor:
-    """CE_L in even steps, sum_i CE_i in odd ones: one stage that spares the last head (BERxiT, Xin
-    et al. 2021, section 3.2, "alternating"; modeling_highway_bert.py). step: from 0."""
+    """CE_L in even steps, sum_i CE_i in odd ones: one stage in which the other heads disturb the
+    last one less (BERxiT, Xin et al. 2021; castorini/berxit, modeling_highway_bert.py, strategy
+    "alternate"). step: from 0."""
     if step % 2 == 0:
         return bert_loss(model, inputs, labels)
     return sum(F.cross_entropy(logits, labels) for logits in every_head(model, inputs))
@@ -353,7 +356,7 @@ def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor,
 
 def layerdrop_loss(model: SmartBert, inputs: tuple, labels: Tensor, drop: float = 0.2) -> Tensor:
     """CE_L, where every step leaves out each layer with probability `drop` (LayerDrop, Fan et al.
-    2020, section 3). The model can then be used at any depth: see `kept_layers`."""
+    2020). The model can then be used at any depth: see `kept_layers`."""
     ids, segment_ids, mask = inputs
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     for layer in model.bert.layers:
@@ -364,8 +367,8 @@ def layerdrop_loss(model: SmartBert, inputs: tuple, labels: Tensor, drop: float 
 
 
 def kept_layers(depth: int, L: int) -> list[int]:
-    """The layers (from 0) that a LayerDrop model of L layers keeps at this depth: evenly spaced,
-    as in Fan et al. 2020, section 3.2 ("every other"). The same for all examples."""
+    """The layers (from 0) that a LayerDrop model of L layers keeps at this depth: evenly spaced
+    (Fan et al. 2020, "every other"), the same for all examples."""
     return [i for i in range(L) if (i + 1) * depth // L > i * depth // L]
 
 
@@ -377,9 +380,9 @@ METHODS = {"smartbert": (phase1_loss, phase2_loss), "bert": (bert_loss,),
 
 # --- Exit criteria ------------------------------------------------------------------------------
 
-# An exit criterion decides, right after head i, which of the n rows that reached it exit. Its
-# arguments are history (n, i, C), the logits of heads 1 .. i (NaN where a row skipped that layer;
-# never at head i), and rows (n,), the indices of these rows in the pool. It returns (n,) bool.
+# A criterion is called right after head i, for the n rows that ran layer i, and says which of them
+# exit: (n,) bool. history (n, i, C): the logits of heads 1 .. i, NaN for skipped layers (never for
+# layer i). rows (n,): their numbers in the pool.
 # SmartBERT's criterion is the entropy.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -398,14 +401,10 @@ def patience(times: int) -> Criterion:
     """Exit when `times` consecutive heads agree with the head before them (PABEE, Zhou et al.
     2020). Heads of skipped layers are ignored."""
     def criterion(history: Tensor, rows: Tensor) -> Tensor:
-        repeats = torch.zeros(len(history), dtype=torch.long, device=history.device)    # (n,)
-        last = torch.full_like(repeats, -1)                                 # no answer yet
-        for logits in history.unbind(1):                                    # layer by layer (n, C)
-            asked, answer = ~logits[:, 0].isnan(), logits.argmax(-1)
-            counted = torch.where(answer == last, repeats + 1, 0)
-            repeats = torch.where(asked, counted, repeats)
-            last = torch.where(asked, answer, last)
-        return repeats >= times
+        asked, answers = ~history[:, :, 0].isnan(), history.argmax(-1)      # (n, i), (n, i)
+        changed = asked & (answers != answers[:, -1:])      # another answer than head i's
+        same = asked & (changed.flip(1).cumsum(1).flip(1) == 0)     # none from here to head i
+        return same.sum(1) > times                          # `same` counts head i itself
     return criterion
 
 
@@ -438,14 +437,13 @@ def full_batches(rows: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tupl
     """Split rows (n,) of a pool into batches of at most batch_tokens tokens (padding counts), but
     at least one row each. mask (N, S). Yields the rows of a batch, the length s of its longest row
     and its mask (rows, s), or None if the batch has no padding."""
-    lengths = mask[rows].sum(1).tolist()
-    start, s = 0, 0
-    for end, length in enumerate([*lengths, torch.inf]):        # infinity closes the last batch
-        if end > start and max(s, length) * (end - start + 1) > batch_tokens:
-            batch = rows[start:end]
-            yield batch, s, mask_or_none(mask[batch, :s])
-            start, s = end, 0
-        s = max(s, length)
+    lengths, start = mask[rows].sum(1).tolist(), 0
+    while start < len(rows):
+        s, end = lengths[start], start + 1
+        while end < len(rows) and max(s, lengths[end]) * (end + 1 - start) <= batch_tokens:
+            s, end = max(s, lengths[end]), end + 1
+        batch, start = rows[start:end], end
+        yield batch, s, mask_or_none(mask[batch, :s])
 
 
 @torch.inference_mode()
@@ -454,21 +452,20 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
           batch_tokens: int | None = None) -> Outcome:
     """`infer_one` for a pool of N examples: each layer computes only the rows that run it.
 
-    If a batch stayed together, it would shrink as rows skip and exit, and tiny batches use the
-    hardware badly. So at every layer, all rows of the pool that run it are split into new, full
-    batches of similar length.
+    Skips and exits would make a batch smaller and smaller, and small batches are slow. So at every
+    layer, all rows of the pool that run it are split into new, full batches of similar length.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. criterion: the
     exit criterion, applied after each layer that ran, except layer L; None: no early exit. A row
     without early exit uses the last head, even if it skipped layer L. layers: the only layers that
-    exist, from 0; None: all. batch_tokens: default by device. Needs eval mode.
+    exist, from 0; None: all. batch_tokens: default by device. Call model.eval() first.
     """
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)
     exits = torch.full((N,), L, device=device)
     gates = torch.full((N, L), torch.nan, device=device)
     history = torch.full((N, L, C), torch.nan, device=device)
-    # zeros, not empty: padding has attention weight 0, but 0 * NaN is NaN
+    # zeros, not empty: a row is later read beside longer ones, and 0 * NaN is NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     if batch_tokens is None:
@@ -501,7 +498,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 # --- Cost ---------------------------------------------------------------------------------------
 
 def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
-    """FLOPs of one layer on rows of so many real tokens, (N,) -> (N,). A multiply-add is two.
+    """FLOPs of one layer for each row, (N,). tokens (N,): its real tokens S. A multiply-add is two.
 
         2 S (4 H^2 + 2 H I) + 4 S^2 H       which is    24 S H^2 + 4 S^2 H    where I = 4H
     """
@@ -510,7 +507,7 @@ def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
 
 
 def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
-    """FLOPs of one gate or one exit head on an input of S = tokens real tokens, (N,) -> (N,).
+    """FLOPs of one gate or one exit head for each row, (N,). tokens (N,): S, its real tokens.
 
         2 S H W + 4 S W^2      W_in; keys and values
         2 W^2 + 4 S W          the query of [CLS]; its scores and weighted sum
@@ -533,6 +530,6 @@ def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
 
 
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
-    """FLOPs of plain BERT on rows of so many real tokens, (N,) -> (N,)."""
+    """FLOPs of plain BERT for each row, (N,). tokens (N,): its real tokens."""
     layers = layer_flops(model, tokens) * len(model.bert.layers)
     return layers + auxiliary_flops(model.heads[-1], tokens)
