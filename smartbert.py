@@ -498,7 +498,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 # --- Cost ---------------------------------------------------------------------------------------
 
 def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
-    """FLOPs of one layer for each row, (N,). tokens (N,): its real tokens S. A multiply-add is two.
+    """FLOPs of one layer for each row, (N,), two for a multiply-add. tokens (N,): its real S.
 
         2 S (4 H^2 + 2 H I) + 4 S^2 H       which is    24 S H^2 + 4 S^2 H    where I = 4H
     """
