@@ -186,7 +186,7 @@ def plot_study(study: dict, folder: Path) -> None:
     # here: the tables need no matplotlib
     from lesson.pictures import GRAY, canvas, picture
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
-    _, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
     for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
         mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
         panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
@@ -197,7 +197,7 @@ def plot_study(study: dict, folder: Path) -> None:
             for mode in sorted(set.intersection(*(set(run.curves) for run in runs)) - {"plain"}):
                 curves = [run.curves[mode] for run in runs]
                 colour, style = LOOKS.get((method, mode), (None, "-"))
-                name = mode if method == "smartbert" else method
+                name = f"smartbert, {mode}" if method == "smartbert" else method
                 if mode == "skip":                      # one point of each seed
                     point = np.mean([curve[0] for curve in curves], axis=0)
                     panel.plot(*point, style, color=colour, label=name)
@@ -207,11 +207,15 @@ def plot_study(study: dict, folder: Path) -> None:
                 line = panel.plot(costs, mean, style, color=colour, lw=2, marker="", label=name)
                 panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,
                                    color=line[0].get_color())
-        panel.set(title=f"{data}, {weights}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        names = ", ".join(filter(None, (data, weights)))
+        panel.set(title=f"{names}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
                   xlim=(0, 1), xlabel="FLOPs, share of plain BERT", ylabel="score")
     for panel in axes.flat[len(panels):]:
         panel.axis("off")
-    axes[0, 0].legend()
+    lines = {}                                          # label -> a line that has it
+    for panel in axes.flat:
+        lines |= dict(zip(*panel.get_legend_handles_labels()[::-1]))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
     picture(plt, folder / "study.png")
 
 
