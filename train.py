@@ -126,7 +126,8 @@ RECIPES = {
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
     "mrpc": dict(batch_size=16, budget=0.5),
     "mnli": dict(batch_size=16, epochs1=3, epochs2=1, penalty_start=0.25, budget=0.5),
-    "rte": dict(lr=5e-5, batch_size=16, epochs1=6, budget=0.6),
+    "rte": dict(lr=5e-5, batch_size=16, epochs1=8, budget=0.5, lr_gates=3e-4, penalty_start=0.4,
+                penalty_full=0.7),
     "wnli": dict(batch_size=16),
 }
 # The authors' settings (run.sh; for RTE a warm-up of 10 steps is .014 of phase 1).
