@@ -3,7 +3,7 @@
     python eval.py runs/toy                                   # the table, also in eval.json
     python eval.py runs/toy --target-speedup 2                # the threshold that halves the FLOPs
     python eval.py runs/toy --criteria --plot                 # other exit criteria; pictures
-    python eval.py runs/toy --trace "the cat is not kind"     # one sentence, layer by layer
+    python eval.py runs/toy --trace "king coin b ab"          # one sentence, layer by layer
     python eval.py runs/toy --predict sentences.txt           # answers for a file; - is stdin
 
 The inference modes: *plain* (every layer and the last head), *skip* (gates only), *exit* (exits
@@ -101,7 +101,9 @@ def plan(settings: train.Settings, classes: int, L: int,
          thresholds: list[float] | None = None) -> list[OperatingPoint]:
     """A run's operating points, at these thresholds or at the usual ones of the method: shares of
     the largest entropy, every patience (PABEE), every depth (LayerDrop); the dearest first."""
-    modes = ["exit"] * settings.has_exits + ["both"] * (settings.has_exits and settings.has_gates)
+    modes = []
+    if settings.has_exits:
+        modes = ["exit", "both"] if settings.has_gates else ["exit"]
     criterion, usual = "entropy", [round(share * math.log(classes), 3) for share in SHARES]
     if settings.method in ("pabee", "layerdrop"):
         usual = range(L - 1, 0, -1)
@@ -112,7 +114,9 @@ def plan(settings: train.Settings, classes: int, L: int,
         criterion = "patience"
     if settings.method == "layerdrop":
         modes = ["pruned"]
-    points = [OperatingPoint("plain")] + [OperatingPoint("skip")] * settings.has_gates
+    points = [OperatingPoint("plain")]
+    if settings.has_gates:
+        points.append(OperatingPoint("skip"))
     for mode in modes:
         points += [OperatingPoint(mode, number, criterion) for number in thresholds or usual]
     return points
@@ -393,7 +397,8 @@ def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: Sma
         evaluate_split(arguments, settings, model, name, split, points)
 
 
-def evaluate_split(arguments, settings, model, name: str, split: Split, points: list) -> None:
+def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert,
+                   name: str, split: Split, points: list[OperatingPoint]) -> None:
     """Measure, print and store one dev set; draw it where asked."""
     task = data.find_task(settings.task)
     metric, first = task.metrics[0], name == task.devs[0]

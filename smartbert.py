@@ -307,10 +307,14 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
 # The same encoder and heads with other losses. inputs: ids, segment_ids, mask, each (B, S); labels
 # (B,). Each loss is a scalar. CE_i: the cross-entropy of head i, which reads h_i.
 
-def every_head(model: SmartBert, inputs: tuple) -> list[Tensor]:
-    """The logits of every head without gates: L tensors (B, C)."""
-    hiddens, m = model.bert(*inputs), mask_or_none(inputs[2])
-    return [head(h, m)[0] for head, h in zip(model.heads, hiddens[1:])]
+def every_head(model: SmartBert, inputs: tuple, depth: int | None = None) -> list[Tensor]:
+    """The logits of the first `depth` heads (default: all) without gates, each (B, C)."""
+    ids, segment_ids, mask = inputs
+    h, m, answers = model.bert.embeddings(ids, segment_ids), mask_or_none(mask), []
+    for layer, head in zip(model.bert.layers[:depth], model.heads):
+        h = layer(h, m)                                                     # (B, S, H)
+        answers.append(head(h, m)[0])                                       # (B, C)
+    return answers
 
 
 def bert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
@@ -322,7 +326,7 @@ def deebert_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
     """sum_i CE_i for i < L: the second stage of DeeBERT (Xin et al. 2020; castorini/DeeBERT).
     train.make_optimizer freezes encoder and last head. SmartBERT's phase 2 adds the contrast and
     lets the gates choose the path."""
-    *early, _ = every_head(model, inputs)
+    early = every_head(model, inputs, depth=len(model.heads) - 1)
     return sum(F.cross_entropy(logits, labels) for logits in early)
 
 
@@ -344,8 +348,7 @@ def pabee_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
     return weighted / sum(range(1, len(losses) + 1))
 
 
-def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor,
-                step: int) -> Tensor:
+def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor, step: int) -> Tensor:
     """CE_L in even steps, sum_i CE_i in odd ones: one stage in which the other heads disturb the
     last one less (BERxiT, Xin et al. 2021; castorini/berxit, modeling_highway_bert.py, strategy
     "alternate"). step: from 0."""
@@ -361,7 +364,7 @@ def layerdrop_loss(model: SmartBert, inputs: tuple, labels: Tensor, drop: float 
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     for layer in model.bert.layers:
         if torch.rand(()) >= drop:
-            h = layer(h, m)
+            h = layer(h, m)                                                 # (B, S, H)
     logits, _ = model.heads[-1](h, m)
     return F.cross_entropy(logits, labels)
 

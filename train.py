@@ -1,4 +1,4 @@
-"""Train SmartBERT in its two phases, or one of the methods before it with the same recipe.
+"""Train SmartBERT in its two phases, plain BERT, or an earlier method.
 
     python train.py                                                      # the toy task, offline
     python train.py --task rte --weights google-bert/bert-base-uncased   # downloaded once
@@ -7,8 +7,8 @@
 
 Phase 1 trains the encoder, the gates, the last head and the projections. Phase 2 freezes them and
 trains the other heads (the paper's two training phases; the release's main.py:71-149). PABEE and
-BERxiT train all heads in phase 1. The best
-epoch of phase 1 is picked on a held-out part of the training set; the dev set is left to eval.py.
+BERxiT train all heads in phase 1. The best epoch of phase 1 is picked on a held-out part of the
+training set; the dev set is left to eval.py.
 
 A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt;
 until then checkpoint.pt. Functions raise UserError for what the user can mend.
@@ -223,7 +223,8 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
 
 def set_up(settings: Settings) -> tuple:
     """What a run starts from: model, tokenizer, the encoded training set, the encoded split that
-    judges epochs and its name, the data's digests, and how many epochs the weights have had."""
+    judges epochs and its name, what identifies the data, and how many epochs of phase 1 another
+    run has done already. Completes the settings."""
     device, task = pick_device(settings.device), data.find_task(settings.task)
     if task.name == "toy":  # its tensors are tiny: a second thread would only cost time
         torch.set_num_threads(1)
@@ -232,7 +233,7 @@ def set_up(settings: Settings) -> tuple:
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
-    training, validation, digests = split_training_set(splits["train"], settings)
+    training, validation, identity = split_training_set(splits["train"], settings)
     name, done = "held-out", 0
     if not validation:
         name, validation = task.devs[0], splits[task.devs[0]]
@@ -240,7 +241,7 @@ def set_up(settings: Settings) -> tuple:
             sys.stderr)
     former = read_settings(folder) if folder and is_run(folder) else None
     if former and former.task == task.name:
-        check_data(folder, digests)         # or it may have been trained on what is held out here
+        check_data(folder, identity)         # or it may have been trained on what is held out here
         if former.method == "bert" and settings.method in ("deebert", "fastbert"):
             done = settings.epochs1         # a plain BERT is their phase 1
     torch.manual_seed(settings.seed)
@@ -249,7 +250,7 @@ def set_up(settings: Settings) -> tuple:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
     training, validation = [data.encode(tokenizer, split, settings.max_length)
                             for split in (training, validation)]
-    return model, tokenizer, training, validation, name, digests, done
+    return model, tokenizer, training, validation, name, identity, done
 
 
 def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.optim.AdamW:
@@ -442,17 +443,18 @@ def train(settings: Settings) -> Path:
     epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
     schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
     there = [name for name in ("checkpoint.pt", "model.pt") if (out / name).is_file()]
-    if settings.resume and there:
-        check_same(out, settings, identity)
-    else:
+    if not settings.resume or not there:
         start_over(out, settings, identity, tokenizer)
-    if (out / "model.pt").is_file():
+        there = []
+    else:
+        check_same(out, settings, identity)
+    if "model.pt" in there:
         load_run(out, device)                           # raises UserError if it is damaged
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{out} is finished already")
         return out
     state, optimizer = {"done": done, "best": None, "best_model": None, "log": []}, None
-    if "checkpoint.pt" in there and settings.resume:
+    if "checkpoint.pt" in there:
         state, optimizer = load_checkpoint(out, model, settings, schedule)
         say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
@@ -583,8 +585,9 @@ def save(path: Path, **content) -> None:
 def load_file(path: Path) -> dict:
     """A .pt file that train.py wrote."""
     try:
-        content = read_torch_file(path, "let train.py finish the run with --resume, or start "
-                                        "over with --overwrite")
+        stopped = (path.parent / "checkpoint.pt").is_file() and path.name == "model.pt"
+        content = read_torch_file(path, "let train.py finish the run with --resume" if stopped
+                                  else "train again with --overwrite")
     except ValueError as error:
         raise UserError(error)
     if content.get("version") != VERSION:
