@@ -4,7 +4,7 @@ SmartBERT is built on it: embeddings and a stack of L identical layers (Devlin e
 3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. Unlike most
 BERT code it has no pooler, and each layer can be run alone, on any subset of the rows.
 
-    bert = load_bert("path/to/bert-base-uncased")   # config.json and pytorch_model.bin
+    bert = load_bert("path/to/bert-base-uncased")   # a folder from the hub, or one of Google's
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
 
 Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H),
@@ -12,9 +12,11 @@ A attention heads, D = H / A, L layers.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,8 +147,9 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 # --- Weights from disk --------------------------------------------------------------------------
 
 def load_bert(folder: str | Path, **changes) -> Bert:
-    """The pre-trained encoder, in fp32, in a folder laid out as on the Hugging Face hub. changes:
-    values that replace those of config.json, such as hidden_dropout_prob.
+    """The pre-trained encoder, in fp32, in a folder laid out as on the Hugging Face hub or as
+    Google published it. changes: values that replace those of the folder's config.json (Google's
+    bert_config.json), such as hidden_dropout_prob.
 
     This and the functions below raise ValueError, with a message of one line, for files that are
     missing, damaged or not a BERT's, and for tensors that do not fit config.json.
@@ -171,8 +174,9 @@ EMBEDDINGS = {"word.weight": "word_embeddings.weight", "norm.weight": "LayerNorm
               "position.weight": "position_embeddings.weight", "norm.bias": "LayerNorm.bias",
               "segment.weight": "token_type_embeddings.weight"}
 # Tensors that a file may hold but the encoder does not use: the pooler, the heads of pre-training
-# and of tasks, and the buffer of position ids (0, 1, 2, ...).
-IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids")
+# and of tasks, the buffer of position ids (0, 1, 2, ...) and the count of training steps.
+IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids",
+           "dense.", "global_step")
 
 
 def name_table(config: BertConfig) -> dict[str, tuple[str, ...]]:
@@ -226,8 +230,10 @@ def check_tensor(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def read_config(folder: Path) -> BertConfig:
-    """config.json of a weights folder."""
+    """config.json of a weights folder, or Google's bert_config.json."""
     path = folder / "config.json"
+    if not path.is_file() and path.with_name("bert_config.json").is_file():
+        path = path.with_name("bert_config.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -247,12 +253,15 @@ def read_config(folder: Path) -> BertConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of pytorch_model.bin, else of model.safetensors."""
+    """The tensors of pytorch_model.bin, of model.safetensors, or of Google's checkpoint."""
     path, advice = folder / "pytorch_model.bin", "remove it and download it again"
     if path.is_file():
         return read_torch_file(path, advice)
     path = folder / "model.safetensors"
     if not path.is_file():
+        for index in "bert_model.ckpt.index", "variables/variables.index":
+            if (folder / index).is_file():
+                return read_checkpoint(folder / index)
         raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors: "
                          f"download one of them, or save weights in several parts as one file")
     try:
@@ -308,3 +317,143 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Dro
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
+
+
+# --- Google's own checkpoints -------------------------------------------------------------------
+
+# Google published BERT as TensorFlow checkpoints: bert_model.ckpt.data-00000-of-00001 holds the
+# bytes of all tensors, bert_model.ckpt.index says which are where. The index is a LevelDB table
+# (LevelDB's doc/table_format.md) of protocol buffers (TensorFlow's tensor_bundle.proto), whose
+# blocks may be compressed (snappy's format_description.txt). All of them are little-endian.
+
+CRC_TABLE = np.arange(256, dtype=np.uint32)             # what crc32c makes of each byte
+for _ in range(8):
+    CRC_TABLE = CRC_TABLE >> 1 ^ (CRC_TABLE & 1) * np.uint32(0x82F63B78)
+
+
+def read_checkpoint(index: Path) -> dict[str, Tensor]:
+    """The tensors of a TensorFlow checkpoint with one data file, under Hugging Face's names. Its
+    matrices (kernels) are transposed, the optimizer's moments left out, all checksums checked."""
+    tensors, path = {}, index.with_suffix(".data-00000-of-00001")
+    try:
+        table, content = index.read_bytes(), np.memmap(path, np.uint8, "r")
+        footer = table[-48:]                            # two handles, padding, this number:
+        if footer[-8:] != bytes.fromhex("57fb808b247547db"):
+            raise ValueError
+        at = varint(footer, varint(footer, 0)[1])[1]    # the second: of the list of blocks
+        for _, handle in entries(table, footer[at:]):
+            for name, value in entries(table, handle):
+                if name and not name.endswith(("/adam_m", "/adam_v")):
+                    tensor = read_entry(message(value), content)
+                    # bert/encoder/layer_0/output/dense/kernel
+                    name = name.replace("/layer_", "/layer.").replace("/", ".")
+                    if name.endswith(".kernel"):
+                        name, tensor = name.removesuffix("kernel") + "weight", tensor.T
+                    tensors[name + ".weight" * name.endswith("_embeddings")] = tensor
+    except (OSError, ValueError, TypeError, IndexError, KeyError):
+        raise ValueError(f"{index} or {path.name} is missing, damaged, or one of several parts: "
+                         f"download both again")
+    return tensors
+
+
+def read_entry(entry: dict[int, list], content: np.ndarray) -> Tensor:
+    """The tensor of a BundleEntryProto: 1 type, 2 shape, 4 offset, 5 size in bytes, 6 checksum."""
+    shape = [message(size).get(1, [0])[0] for size in message(entry[2][0]).get(2, [])]
+    offset, size = entry.get(4, [0])[0], entry[5][0]    # numbers that are 0 are left out
+    values = content[offset:offset + size]
+    compare(values, entry[6][0])
+    kind = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}[entry[1][0]]
+    return torch.from_numpy(np.frombuffer(bytearray(values), kind).reshape(shape))
+
+
+def entries(table: bytes, handle: bytes) -> Iterator[tuple[str, bytes]]:
+    """Keys and values of the block of a table that a handle (offset, size) points to. A key names
+    only what differs from the one before."""
+    offset, at = varint(handle, 0)
+    size, _ = varint(handle, at)
+    block, kind = table[offset:offset + size], table[offset + size]
+    stored = table[offset + size + 1:offset + size + 5]
+    compare(table[offset:offset + size + 1], int.from_bytes(stored, "little"))
+    block = unsnap(block) if kind == 1 else block
+    key, at = b"", 0
+    end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")     # an array of offsets
+    while at < end:
+        shared, at = varint(block, at)
+        added, at = varint(block, at)
+        size, at = varint(block, at)
+        key = key[:shared] + block[at:at + added]
+        at += added + size
+        yield key.decode("latin-1"), block[at - size:at]
+
+
+def varint(content: bytes, at: int) -> tuple[int, int]:
+    """The number at this position, 7 bits a byte, the lowest first; and the next position."""
+    value = shift = 0
+    while True:
+        value |= (content[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if content[at - 1] < 128:
+            return value, at
+
+
+def message(content: bytes) -> dict[int, list]:
+    """A protocol buffer: a field's number -> its values, numbers or bytes."""
+    values, at = {}, 0
+    while at < len(content):
+        tag, at = varint(content, at)
+        if tag & 7 == 0:
+            value, at = varint(content, at)
+        else:                                           # 5: four bytes; 2: as many as it says
+            size, at = (4, at) if tag & 7 == 5 else varint(content, at)
+            value, at = content[at:at + size], at + size
+            value = int.from_bytes(value, "little") if tag & 7 == 5 else value
+        values.setdefault(tag >> 3, []).append(value)
+    return values
+
+
+def unsnap(content: bytes) -> bytes:
+    """Decompress a block: literal bytes, and copies of bytes that came before."""
+    _, at = varint(content, 0)                          # the size
+    result = bytearray()
+    while at < len(content):
+        tag, kind, at = content[at] >> 2, content[at] & 3, at + 1
+        if kind == 0:
+            more = max(tag - 59, 0)                     # bytes that give the length
+            length = int.from_bytes(content[at:at + more], "little") if more else tag
+            at += more + length + 1
+            result += content[at - length - 1:at]
+            continue
+        more = (1, 2, 4)[kind - 1]                      # bytes that give the distance
+        length = (tag & 7) + 4 if kind == 1 else tag + 1
+        back = int.from_bytes(content[at:at + more], "little") + (tag >> 3 << 8) * (kind == 1)
+        at += more
+        for _ in range(length):                         # a copy may reach into itself
+            result.append(result[-back])
+    return bytes(result)
+
+
+def compare(content: bytes | np.ndarray, stored: int) -> None:
+    """Raise ValueError where the CRC-32C of these bytes is not the stored one ("masked").
+
+    The checksum is a remainder of polynomials over GF(2), so it is linear: all rows of a matrix of
+    the bytes are divided at once, and then joined with their neighbours, two by two.
+    """
+    content = np.frombuffer(content, np.uint8)
+    width = 2 ** (len(content).bit_length() // 2)
+    rows = np.zeros(-(-len(content) // width) * width, np.uint8)        # zeros in front: no effect
+    rows[len(rows) - len(content):] = content
+    rows[len(rows) - len(content):][:4] ^= 255                          # starts with 32 ones
+    rest, zeros = np.zeros(len(rows) // width, np.uint32), 1 << np.arange(32, dtype=np.uint32)
+    for column in np.ascontiguousarray(rows.reshape(-1, width).T):
+        rest = CRC_TABLE[(rest ^ column) & 255] ^ rest >> 8
+        zeros = CRC_TABLE[zeros & 255] ^ zeros >> 8     # what `width` zero bytes do to each bit
+
+    def follow(rest: np.ndarray) -> np.ndarray:
+        bits = rest[:, None] >> np.arange(32, dtype=np.uint32) & 1
+        return np.bitwise_xor.reduce(bits * zeros, axis=1)
+    while len(rest) > 1:
+        rest = np.concatenate([rest[:len(rest) % 2] * 0, rest])
+        rest, zeros = follow(rest[::2]) ^ rest[1::2], follow(zeros)
+    crc = int(rest[0]) ^ 0xFFFFFFFF
+    if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != stored:
+        raise ValueError

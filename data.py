@@ -28,6 +28,9 @@ from tqdm import tqdm
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+GOOGLE_URL = "https://storage.googleapis.com/bert_models/"
+GOOGLE_FILES = ["bert_config.json", "vocab.txt", "bert_model.ckpt.index",
+                "bert_model.ckpt.data-00000-of-00001"]
 LARGEST = 4 * 2**30         # bytes that a file in a zip may unpack to
 
 
@@ -121,7 +124,12 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     base = Path(os.path.expanduser(data_dir)) if data_dir else cache_dir(cache) / "glue"
     folder, splits = base / task.folder, ("train", *task.devs)
     if not data_dir and not all((folder / f"{split}.tsv").is_file() for split in splits):
-        (unpack if task.archive else assemble_mrpc)(task, folder)
+        if task.archive:
+            archive = folder.parent / task.archive
+            download(GLUE_URL + task.archive, archive)
+            unpack(archive, [f"{task.folder}/{split}.tsv" for split in splits], folder)
+        else:
+            assemble_mrpc(task, folder)
     folder = folder if folder.is_dir() else base
     return {split: read_split(task, folder, split) for split in splits}
 
@@ -260,22 +268,27 @@ def download(url: str, path: Path) -> None:
         raise UserError(f"could not download {path.name} ({status}): {advice}")
 
 
-def unpack(task: Task, folder: Path) -> None:
-    """The tsv files of GLUE's zip, and nothing else, into folder."""
-    archive, tables = folder.parent / task.archive, {}
-    download(GLUE_URL + task.archive, archive)
+def unpack(archive: Path, names: list[str], folder: Path, downloaded: bool = True) -> None:
+    """These files of a zip, and nothing else, into folder. names: the ends of their paths in the
+    zip. A download that is damaged is removed."""
+    content = {}
     try:
         with zipfile.ZipFile(archive) as files:
-            for split in ("train", *task.devs):         # other names in the zip are never read
-                member = files.getinfo(f"{task.folder}/{split}.tsv")
+            for name in names:                          # other names in the zip are never read
+                paths = [p for p in files.namelist() if f"/{p}".endswith(f"/{name}")]
+                if not paths:
+                    raise ValueError(f"it lacks {name}")
+                member = files.getinfo(min(paths, key=len))
                 if member.file_size > LARGEST:
                     raise ValueError(f"{member.filename} unpacks to over {LARGEST} bytes")
-                tables[split] = files.read(member)
+                content[folder / Path(name).name] = files.read(member)
     except Exception as error:                          # a damaged zip raises nearly anything
+        if not downloaded:
+            raise UserError(f"{archive} is damaged or not one of Google's ({error}): replace it")
         archive.unlink(missing_ok=True)
-        raise UserError(f"{archive} is removed, it was damaged or not GLUE's ({error}): run again")
-    for split, table in tables.items():
-        atomic_write(folder / f"{split}.tsv", lambda file: file.write(table))
+        raise UserError(f"{archive} is removed, it was damaged or another's ({error}): run again")
+    for path, data in content.items():
+        atomic_write(path, lambda file: file.write(data))
 
 
 def assemble_mrpc(task: Task, folder: Path) -> None:
@@ -295,10 +308,15 @@ def assemble_mrpc(task: Task, folder: Path) -> None:
 
 
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
-    """A folder with BERT's weights: `name` itself where it is one, else a download of that name
-    from the Hugging Face hub, into weights/ of a named cache folder, else into the hub's cache."""
-    if os.path.isdir(os.path.expanduser(name)):
-        return Path(os.path.expanduser(name))
+    """A folder with BERT's weights: `name` itself where it is one, or unpacked where it is a zip
+    of Google's; else a download of that name from the Hugging Face hub, into weights/ of a named
+    cache folder, else into the hub's cache; Google's models from Google, if the hub is down."""
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        unpack(path, GOOGLE_FILES, cache_dir(cache) / "weights" / path.stem, downloaded=False)
+        return cache_dir(cache) / "weights" / path.stem
     from huggingface_hub import snapshot_download, utils        # here: it takes half a second
     named = cache or os.environ.get("SMARTBERT_CACHE")
     where = cache_dir(named) / "weights" if named else None
@@ -314,9 +332,29 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         reason = "there is no such name"
     except Exception as error:      # of the library, of the system, of requests or httpx
+        if google_zip(name):
+            return fetch_google(google_zip(name), cache_dir(cache) / "weights")
         reason = getattr(error, "strerror", None) or "not in the hub's cache and no connection"
     raise UserError(f"weights {name!r:.60}: not a folder, not from the hub ({reason}): check the "
                     f"name, or use a folder with config.json, vocab.txt and pytorch_model.bin")
+
+
+def google_zip(name: str) -> str | None:
+    """Where Google keeps the model that has this name on the hub; None if it is not Google's."""
+    large = {"google-bert/bert-base-uncased": "2018_10_18/uncased_L-12_H-768_A-12.zip",
+             "google-bert/bert-large-uncased": "2018_10_18/uncased_L-24_H-1024_A-16.zip"}
+    small = name.startswith("google/bert_uncased_L-")           # turned into miniatures in 2020
+    return f"2020_02_20/{name.removeprefix('google/bert_')}.zip" if small else large.get(name)
+
+
+def fetch_google(name: str, folder: Path) -> Path:
+    """Google's zip under GOOGLE_URL, unpacked into a folder of its own."""
+    archive = folder / Path(name).name
+    folder = folder / archive.stem
+    if not (folder / GOOGLE_FILES[-1]).is_file():       # it is written last
+        download(GOOGLE_URL + name, archive)
+        unpack(archive, GOOGLE_FILES, folder)
+    return folder
 
 
 # --- Tokens and batches -------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 its files' traps."""
 
 import json
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from bert import (
     BertConfig,
     Dropout,
     Layer,
+    compare,
     convert_names,
     load_bert,
     name_table,
     read_config,
+    unsnap,
 )
 
 FIXTURE = {
@@ -376,3 +380,67 @@ def test_training_computes_what_inference_computes():
     for mask in (None, torch.arange(7) < torch.tensor([7, 4, 1])[:, None]):
         real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask
         torch.testing.assert_close(layer.train()(h, mask)[real], layer.eval()(h, mask)[real])
+
+
+# --- Google's checkpoints: fixtures/google.zip was written by TensorFlow (make_google_fixture.py)
+
+DATA = "bert_model.ckpt.data-00000-of-00001"
+
+
+def google(path: Path) -> Path:
+    with zipfile.ZipFile(Path(__file__).parent / "fixtures/google.zip") as files:
+        files.extractall(path)
+    return next(path.iterdir())
+
+
+@torch.no_grad()
+def test_googles_checkpoint_equals_huggingface(tmp_path):
+    """Also under the names of a SavedModel."""
+    folder = google(tmp_path)
+    assert_equals_huggingface(load_bert(folder))
+    (folder / "variables").mkdir()
+    for name in ("bert_model.ckpt.index", DATA):
+        shutil.move(folder / name, folder / name.replace("bert_model.ckpt", "variables/variables"))
+    assert_equals_huggingface(load_bert(folder))
+
+
+@pytest.mark.parametrize("file", ["bert_model.ckpt.index", DATA])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped", "foreign"])
+def test_damaged_checkpoints_are_refused(tmp_path, file, damage):
+    folder = google(tmp_path)
+    whole = (folder / file).read_bytes()
+    middle = len(whole) // 3
+    flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+    bad = {"empty": b"", "truncated": whole[:-7], "flipped": flipped, "foreign": b"a b\n" * 999}
+    if damage == "missing":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(bad[damage])
+    with pytest.raises(ValueError) as caught:
+        load_bert(folder)
+    missing_index = damage == "missing" and file != DATA
+    word = "neither pytorch_model.bin" if missing_index else "download both again"
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checksums_equal_a_division_bit_by_bit():
+    generator = np.random.default_rng(0)
+    for size in [*range(4, 70), 127, 128, 129, 1000, 4095]:
+        content, crc = generator.bytes(size), 0xFFFFFFFF
+        for byte in content:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+        crc ^= 0xFFFFFFFF
+        masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+        compare(content, masked)
+        with pytest.raises(ValueError):
+            compare(content[:-1] + bytes([content[-1] ^ 1]), masked)
+
+
+def test_blocks_are_decompressed():
+    """Compressed by the snappy library: a long and a short literal, a copy that overlaps itself,
+    a short copy."""
+    text = bytes(range(70)) + b"abc" * 20 + bytes(range(9, 16)) + b"/layer" * 3
+    compressed = "9b01f049" + text[:74].hex() + "de03000009097944" + text[-18:].hex()
+    assert unsnap(bytes.fromhex(compressed)) == text

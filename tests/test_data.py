@@ -645,6 +645,42 @@ def test_weights_that_cannot_be_fetched(hub, tmp_path):
     assert len(fails(lambda: data.fetch_weights("x" * 5000, tmp_path))) < 300
 
 
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("google-bert/bert-base-uncased", "/2018_10_18/uncased_L-12_H-768_A-12.zip"),
+        ("google/bert_uncased_L-2_H-128_A-2", "/2020_02_20/uncased_L-2_H-128_A-2.zip"),
+    ],
+)
+def test_google_serves_its_models_where_the_hub_is_down(
+    hub, server, tmp_path, monkeypatch, name, path
+):
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr(data, "GOOGLE_URL", f"{server.url}/")
+    files = {file: f"content of {file}" for file in data.GOOGLE_FILES}
+    within = {f"{Path(path).stem}/{file}": text for file, text in files.items()}
+    server.files[path] = zipped(**within, **{"../evil": "x"})
+    for _ in range(2):
+        folder = data.fetch_weights(name, tmp_path)
+        assert contents(folder) == {file: text.encode() for file, text in files.items()}
+    assert folder == tmp_path / "weights" / Path(path).stem and server.log == [path]
+    assert not (tmp_path / "evil").exists()
+    server.files[path] = zipped(**{f"x/{file}": "" for file in data.GOOGLE_FILES[1:]})
+    fails(lambda: data.fetch_weights(name, tmp_path / "other"), "bert_config.json", "run again")
+    assert not list((tmp_path / "other" / "weights").iterdir())
+
+
+def test_a_zip_of_weights(tmp_path):
+    """Damaged, it stays: it is the user's."""
+    path = write(tmp_path / "mine.zip", zipped(**{file: file for file in data.GOOGLE_FILES}))
+    assert set(contents(data.fetch_weights(str(path), tmp_path))) == set(data.GOOGLE_FILES)
+    for bad in (path.read_bytes()[:-30], zipped(**{"vocab.txt": "x"}), b""):
+        write(path, bad)
+        fails(lambda: data.fetch_weights(str(path), tmp_path), str(path), "replace it")
+        assert path.read_bytes() == bad
+
+
 def test_the_variables_of_the_hub_library_apply(hub, tmp_path):
     """In a process of its own, because the library reads them when it is loaded."""
     code = "import data; print(data.fetch_weights('some-one/some-bert'))"
