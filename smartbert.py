@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bert import Bert, mask_or_none
 
@@ -237,8 +237,9 @@ def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1
     gates even when hard ones are used; ours takes those that are used. Returns a scalar.
     """
     if lam:
-        return lam / soft.mean(0).sum()
-    return budget_weight * F.relu((1 - used).mean() - budget) ** 2
+        return lam / global_mean(soft.mean(0), len(soft)).sum()
+    run = global_mean((1 - used).mean(), len(used))
+    return budget_weight * F.relu(run - budget) ** 2
 
 
 @dataclass
@@ -264,12 +265,13 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     inputs, _, h, soft, used = gated_forward(model, ids, segment_ids, mask, hard,
                                              full_share=full_share)
     logits, _ = model.heads[-1](h, mask_or_none(mask))
-    task = F.cross_entropy(logits, labels)
+    task = global_mean(F.cross_entropy(logits, labels), len(labels))
     penalty_loss = skip_penalty(soft, used, **penalty)
     contrast_loss = task.new_zeros(())
     if eta1:
         u = [project(x) for project, x in zip(model.projections, inputs)]   # L tensors (B, S, W)
         contrast_loss = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
+        contrast_loss = global_mean(contrast_loss, mask.sum())
     loss = (1 - eta1) * (task + penalty_loss) + eta1 * contrast_loss
     return Phase1(loss, task, penalty_loss, contrast_loss, 1 - used)
 
@@ -296,10 +298,11 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
         logits, z = head(output, m)                                         # (B, C), (B, S, W)
         task = task + F.cross_entropy(logits, labels)
         u.append(head.project(z))                                           # (B, S, W)
+    task = global_mean(task, len(labels))
     if not eta2 or last < 2:
         return (1 - eta2) * task
     pairs = [contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])]
-    return (1 - eta2) * task + eta2 * (sum(pairs) / len(pairs))
+    return (1 - eta2) * task + eta2 * global_mean(sum(pairs) / len(pairs), mask.sum())
 
 
 # --- Earlier methods, for comparison ------------------------------------------------------------
@@ -536,3 +539,21 @@ def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT for each row, (N,). tokens (N,): its real tokens."""
     layers = layer_flops(model, tokens) * len(model.bert.layers)
     return layers + auxiliary_flops(model.heads[-1], tokens)
+
+
+# --- Several processes --------------------------------------------------------------------------
+
+def global_mean(mean: Tensor, count: int | Tensor) -> Tensor:
+    """The mean over a batch that torchrun has shared out among processes. mean: that over the
+    `count` rows or tokens of this process. In a single process it is returned as it is.
+
+    Its value is the same everywhere. Its gradient is that of this process' part, times the number
+    of processes, because DistributedDataParallel then averages the gradients of all.
+    """
+    if not distributed.is_initialized():
+        return mean
+    sums = torch.stack([*(mean.detach() * count).view(-1), mean.new_tensor(float(count))])
+    distributed.all_reduce(sums)
+    *sums, total = sums
+    part = mean * (distributed.get_world_size() * count / total)
+    return part + (torch.stack(sums).view_as(mean) / total - part).detach()

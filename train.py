@@ -32,14 +32,15 @@ if __name__ == "__main__":
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 from tokenizers.implementations import BertWordPieceTokenizer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from bert import Bert, BertConfig, load_bert, read_torch_file
 from data import Batch, Split, Task, UserError
-from smartbert import (METHODS, Criterion, Outcome, SmartBert, berxit_loss, entropy_below, infer,
-                       phase1_loss, phase2_loss)
+from smartbert import (METHODS, Criterion, Outcome, SmartBert, entropy_below, infer,
+                       global_mean, phase1_loss, phase2_loss)
 
 VERSION = 4             # of the files in a run's folder; another number means another layout
 DEFAULT_WEIGHTS = "google-bert/bert-base-uncased"
@@ -246,6 +247,8 @@ def set_up(settings: Settings) -> tuple:
             done = settings.epochs1         # a plain BERT is their phase 1
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
+    if processes()[0]:                                  # other dropout than the first process has
+        torch.manual_seed(settings.seed + processes()[0])
     if settings.lr is None:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
     training, validation = [data.encode(tokenizer, split, settings.max_length)
@@ -332,22 +335,30 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
         group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling, 1.0)
 
 
-def loss_of(model: SmartBert, batch: Batch, settings: Settings, phase: int, step: int,
-            progress: float, hard: bool) -> dict[str, Tensor]:
-    """The step's loss and its parts: scalars; and run (L,), the mean of 1 - g of each layer."""
-    inputs, labels = (batch.ids, batch.segment_ids, batch.mask), batch.labels
-    if settings.method == "berxit":
-        return {"loss": berxit_loss(model, inputs, labels, step)}
-    if settings.method != "smartbert":
-        return {"loss": METHODS[settings.method][phase - 1](model, inputs, labels)}
-    eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
-    if phase == 2:
-        return {"loss": phase2_loss(model, *inputs, labels, eta2=eta2, tau2=settings.tau2,
-                                    full_share=settings.full_share)}
-    penalty = penalty_now(settings, progress)
-    result = phase1_loss(model, *inputs, labels, hard=hard, penalty=penalty, eta1=eta1,
-                         tau1=settings.tau1, full_share=settings.full_share)
-    return vars(result) | {"run": result.run.mean(0)}
+class StepLoss(nn.Module):
+    """The loss of one step; a module, because DistributedDataParallel wraps modules."""
+
+    def __init__(self, model: SmartBert, settings: Settings, phase: int):
+        super().__init__()
+        self.model, self.settings, self.phase = model, settings, phase
+
+    def forward(self, batch: Batch, step: int, progress: float, hard: bool) -> dict[str, Tensor]:
+        """The loss and its parts: scalars; and run (L,), the mean of 1 - g of each layer."""
+        model, settings, labels = self.model, self.settings, batch.labels
+        inputs = (batch.ids, batch.segment_ids, batch.mask)
+        if settings.method != "smartbert":
+            loss = METHODS[settings.method][self.phase - 1]
+            step = (step,) if settings.method == "berxit" else ()
+            return {"loss": global_mean(loss(model, inputs, labels, *step), len(labels))}
+        eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
+        if self.phase == 2:
+            return {"loss": phase2_loss(model, *inputs, labels, eta2=eta2, tau2=settings.tau2,
+                                        full_share=settings.full_share)}
+        penalty = penalty_now(settings, progress)
+        parts = vars(phase1_loss(model, *inputs, labels, hard=hard, penalty=penalty, eta1=eta1,
+                                 tau1=settings.tau1, full_share=settings.full_share))
+        parts["run"] = global_mean(parts["run"].mean(0), len(labels))
+        return {name: part if name == "loss" else part.detach() for name, part in parts.items()}
 
 
 def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Split,
@@ -361,16 +372,22 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     epochs = settings.epochs1 if phase == 1 else settings.epochs2
     number = epoch if phase == 1 else settings.epochs1 + epoch          # of the whole run
     order = data.batch_indices(training, settings.batch_size, seed=settings.seed + number)
+    step_loss, (rank, world) = StepLoss(model, settings, phase), processes()
+    if world > 1:           # each takes its part of each batch that has a row for all of them
+        order = [indices for indices in order if len(indices) >= world]
+        step_loss = DistributedDataParallel(step_loss, find_unused_parameters=True,
+                                            gradient_as_bucket_view=True)
     hard = epoch >= settings.soft_epochs and not settings.soft_gates
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     log, recent = [], []
-    bar = tqdm(order, desc=f"phase {phase} epoch {epoch + 1}/{epochs}", disable=None, leave=False)
+    bar = tqdm(order, desc=f"phase {phase} epoch {epoch + 1}/{epochs}", leave=False,
+               disable=True if rank else None)      # None: unless it would not be seen
     for step, indices in enumerate(bar):
-        batch = data.collate(training, indices).to(device)
+        batch = data.collate(training, indices[rank::world]).to(device)
         done, steps = epoch * len(order) + step, epochs * len(order)    # of the phase
         set_rates(optimizer, settings, done, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            parts = loss_of(model, batch, settings, phase, done, done / steps, hard)
+            parts = step_loss(batch, done, done / steps, hard)
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
@@ -440,11 +457,18 @@ def train(settings: Settings) -> Path:
     model, tokenizer, training, validation, name, identity, done = set_up(settings)
     device, task = next(model.parameters()).device, data.find_task(settings.task)
     validation_pools, L = pools(validation, device), len(model.gates)
+    rank, world = processes()                           # 0, 1 without torchrun
+    if min(settings.batch_size, len(training)) < world:
+        raise UserError(f"--batch-size {settings.batch_size} of {len(training)} examples cannot "
+                        f"be shared by {world} processes: start fewer")
     epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
     schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
     there = [name for name in ("checkpoint.pt", "model.pt") if (out / name).is_file()]
     if not settings.resume or not there:
-        start_over(out, settings, identity, tokenizer)
+        if world > 1:
+            distributed.barrier()                       # all have looked at the folder
+        if rank == 0:
+            start_over(out, settings, identity, tokenizer)
         there = []
     else:
         check_same(out, settings, identity)
@@ -481,9 +505,10 @@ def train(settings: Settings) -> Path:
 
     if schedule[-1][0] == 1 and state["best_model"]:    # none where another run did phase 1
         model.load_state_dict(state["best_model"])
-    save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
-         classes=len(task.labels))
-    (out / "checkpoint.pt").unlink(missing_ok=True)     # a finished run needs it no longer
+    if rank == 0:
+        save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
+             classes=len(task.labels))
+        (out / "checkpoint.pt").unlink(missing_ok=True)     # a finished run needs it no longer
     return out
 
 
@@ -611,11 +636,16 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[Settings, SmartB
 def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
                     state: dict) -> None:
     """The log, and all that a run needs to continue. state: the epochs done (of both phases), the
-    best of phase 1 and its weights, the log."""
-    lines = "".join(json.dumps(record) + "\n" for record in state["log"])
-    data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
-    save(out / "checkpoint.pt", state=state, model=model.state_dict(), rng=torch.get_rng_state(),
-         optimizer=optimizer.state_dict(), cuda_rng=torch.cuda.get_rng_state_all())
+    best of phase 1 and its weights, the log. The first process writes for all."""
+    rank, world = processes()
+    random = [(torch.get_rng_state(), torch.cuda.get_rng_state_all())] * world
+    if world > 1:
+        distributed.all_gather_object(random, random[0])
+    if rank == 0:
+        lines = "".join(json.dumps(record) + "\n" for record in state["log"])
+        data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
+        save(out / "checkpoint.pt", state=state, model=model.state_dict(), random=random,
+             optimizer=optimizer.state_dict())
 
 
 def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: list) -> tuple:
@@ -626,12 +656,16 @@ def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: l
         model.load_state_dict(checkpoint["model"])
         optimizer = make_optimizer(model, settings, schedule[state["done"] - 1][0])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])            # [] without a GPU
+        rank, world = processes()
+        cpu, cuda = checkpoint["random"][rank]
+        if len(checkpoint["random"]) != world:
+            raise IndexError
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)              # [] without a GPU
         return state, optimizer
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
-        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights or another device: "
-                        f"start over with --overwrite")
+        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights, another device or "
+                        f"number of processes: start over with --overwrite")
 
 
 def of_result(settings: Settings) -> dict:
@@ -641,6 +675,23 @@ def of_result(settings: Settings) -> dict:
 
 
 # --- From the command line ----------------------------------------------------------------------
+
+def join_processes() -> None:
+    """Meet the other processes where torchrun started this one (it sets these variables)."""
+    if "LOCAL_RANK" not in os.environ or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    kinds = "cpu:gloo,cuda:nccl" if distributed.is_nccl_available() else "gloo"
+    distributed.init_process_group(kinds)
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are; (0, 1) without torchrun."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
 
 def open_streams() -> None:
     """Output that is closed goes nowhere; a character that a console cannot print becomes a ?."""
@@ -654,7 +705,8 @@ def open_streams() -> None:
 def say(text: str, file=None) -> None:
     """Print a line. A run must not die because nobody reads it any more."""
     try:
-        print(text, file=file, flush=True)
+        if processes()[0] == 0:
+            print(text, file=file, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
@@ -695,7 +747,9 @@ def parse(arguments: list[str] | None) -> Settings:
 def main(arguments: list[str] | None = None) -> None:
     open_streams()
     try:
+        join_processes()
         out = train(parse(arguments))
+        say(f"now: python eval.py {out}")
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -703,7 +757,9 @@ def main(arguments: list[str] | None = None) -> None:
         print("\ntrain.py: stopped; the same command with --resume continues after the last whole "
               "epoch", file=sys.stderr)
         sys.exit(130)
-    say(f"now: python eval.py {out}")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
