@@ -9,8 +9,8 @@ decides whether the answer is already certain.
 models/SmartBert.py. "Deviation 12" is number 12 of the README's list.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
-C classes, N rows of a pool (all examples of one call of `infer`), n rows of them. mask is True at
-real tokens, False at padding.
+C classes, N rows of a pool (all examples of one call of `infer`), n some of these rows. mask is
+True at real tokens, False at padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from bert import Bert, mask_or_none
 
 def width(hidden_size: int) -> int:
     """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the release. So a gate costs
-    the same share of a layer at any H (deviation 12). At least 16: four heads of 4 dimensions."""
+    the same share of a layer at any H from 96 on (deviation 12). At least 16: four heads of 4."""
     return max(16, 8 * round(hidden_size / 48))
 
 
@@ -185,8 +185,9 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
         s[t,t']  = exp( cos(u_t, v_t') / tau )
 
     u, v (B, S, W): the projected tokens of layer i and layer i+1. Positive: the same token in the
-    other layer. Negatives: the other tokens of the same example there. mask (B, S): padding is
-    neither an anchor nor a negative (in the release it is both: deviation 1). Returns a scalar.
+    other layer. Negatives: the other tokens of the same example, in the other layer. Padding is
+    neither an anchor nor a negative (in the release it is both: deviation 1). mask (B, S). Returns
+    a scalar.
     """
     log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
@@ -202,7 +203,8 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}              (SmartBert.py:91-103)
 
-    In training, skipped layers are computed too: the gradient of g_i needs layer_i(h_{i-1}).
+    In training, skipped layers are computed too: in phase 1 the gradient of g_i needs
+    layer_i(h_{i-1}), in phase 2 head i reads it.
     full_share: this share of the rows, drawn at random, ignores the gates and runs every layer, so
     that the full model stays good (deviation 14).
     Returns, for the d layers run: the inputs [h_0 .. h_{d-1}], the raw outputs [layer_i(h_{i-1})]
@@ -386,10 +388,9 @@ METHODS = {"smartbert": (phase1_loss, phase2_loss), "bert": (bert_loss,),
 
 # --- Exit criteria ------------------------------------------------------------------------------
 
-# A criterion is called right after head i, for the n rows that ran layer i, and says which of them
-# exit: (n,) bool. history (n, i, C): the logits of heads 1 .. i, NaN for skipped layers (never for
-# layer i). rows (n,): their numbers in the pool.
-# SmartBERT's criterion is the entropy.
+# A criterion is called right after head i, for n of the rows that ran layer i, and says which of
+# them exit: (n,) bool. history (n, i, C): the logits of heads 1 .. i, NaN for skipped layers
+# (never for layer i). rows (n,): their numbers in the pool. SmartBERT's criterion is the entropy.
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -459,7 +460,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     """`infer_one` for a pool of N examples: each layer computes only the rows that run it.
 
     Skips and exits would make a batch smaller and smaller, and small batches are slow. So at every
-    layer, all rows of the pool that run it are split into new, full batches of similar length.
+    layer, all rows of the pool that run it are split into new, full batches.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. criterion: the
     exit criterion, applied after each layer that ran, except layer L; None: no early exit. A row
@@ -548,12 +549,12 @@ def global_mean(mean: Tensor, count: int | Tensor) -> Tensor:
     `count` rows or tokens of this process. In a single process it is returned as it is.
 
     Its value is the same everywhere. Its gradient is that of this process' part, times the number
-    of processes, because DistributedDataParallel then averages the gradients of all.
+    of processes, because DistributedDataParallel divides by it when it averages the gradients.
     """
     if not distributed.is_initialized():
         return mean
-    sums = torch.stack([*(mean.detach() * count).view(-1), mean.new_tensor(float(count))])
+    mean, count = mean.float(), torch.as_tensor(count, device=mean.device)  # bf16 counts to 256
+    sums = torch.cat([(mean.detach() * count).view(-1), count.float().view(1)])
     distributed.all_reduce(sums)
-    *sums, total = sums
-    part = mean * (distributed.get_world_size() * count / total)
-    return part + (torch.stack(sums).view_as(mean) / total - part).detach()
+    part = mean * (distributed.get_world_size() * count / sums[-1])
+    return part + ((sums[:-1] / sums[-1]).view_as(mean) - part).detach()

@@ -11,7 +11,7 @@ BERxiT train all heads in phase 1. The best epoch of phase 1 is picked on a held
 training set; the dev set is left to eval.py.
 
 A run's folder holds settings.json, data.json, log.jsonl, the vocabulary and, at the end, model.pt;
-until then checkpoint.pt. Functions raise UserError for what the user can mend.
+until then checkpoint.pt. Functions raise UserError for errors that the user can fix.
 """
 
 import argparse
@@ -224,8 +224,8 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
 
 def set_up(settings: Settings) -> tuple:
     """What a run starts from: model, tokenizer, the encoded training set, the encoded split that
-    judges epochs and its name, what identifies the data, and how many epochs of phase 1 another
-    run has done already. Completes the settings."""
+    judges epochs and its name, what identifies the data, and how many epochs of phase 1 may be
+    left out, because a plain BERT has done them. Completes the settings."""
     device, task = pick_device(settings.device), data.find_task(settings.task)
     if task.name == "toy":  # its tensors are tiny: a second thread would only cost time
         torch.set_num_threads(1)
@@ -268,8 +268,9 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     elif settings.method in ("pabee", "berxit"):        # all heads in one stage
         groups = [(model.bert, settings.lr), (model.heads, settings.lr_new)]
     else:
-        groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new),
-                  (model.projections, settings.lr_new)]
+        groups = [(model.bert, settings.lr), (model.heads[-1], settings.lr_new)]
+    if phase == 1 and settings.method == "smartbert":
+        groups.append((model.projections, settings.lr_new))
     if phase == 1 and settings.has_gates:
         lr_gates = settings.lr_new if settings.lr_gates is None else settings.lr_gates
         groups.append((model.gates, lr_gates))
@@ -331,8 +332,8 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
     rising = max(done, 1) / max(settings.warmup * length, 1e-9)
     falling = (length - done) / ((1 - settings.warmup) * length)
     for group in optimizer.param_groups:
-        frozen = group["gates"] and step < start
-        group["lr"] = 0.0 if frozen else group["peak_lr"] * min(rising, falling, 1.0)
+        waits = group["gates"] and step < start
+        group["lr"] = 0.0 if waits else group["peak_lr"] * min(rising, falling, 1.0)
 
 
 class StepLoss(nn.Module):
@@ -373,7 +374,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     number = epoch if phase == 1 else settings.epochs1 + epoch          # of the whole run
     order = data.batch_indices(training, settings.batch_size, seed=settings.seed + number)
     step_loss, (rank, world) = StepLoss(model, settings, phase), processes()
-    if world > 1:           # each takes its part of each batch that has a row for all of them
+    if world > 1:           # row r of a batch goes to process r % world; smaller ones are left out
         order = [indices for indices in order if len(indices) >= world]
         step_loss = DistributedDataParallel(step_loss, find_unused_parameters=True,
                                             gradient_as_bucket_view=True)
@@ -381,7 +382,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     log, recent = [], []
     bar = tqdm(order, desc=f"phase {phase} epoch {epoch + 1}/{epochs}", leave=False,
-               disable=True if rank else None)      # None: unless it would not be seen
+               disable=True if rank else None)      # None: shown where stderr is a terminal
     for step, indices in enumerate(bar):
         batch = data.collate(training, indices[rank::world]).to(device)
         done, steps = epoch * len(order) + step, epochs * len(order)    # of the phase
@@ -421,11 +422,11 @@ def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Set
 
 def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> dict:
     """What counts when an epoch of phase 1 is compared with another. share: of the layers run. A
-    budget counts as met up to 10 % above it; lambda promises none."""
-    by_budget = settings.lam is None
-    full = settings.penalty_full if by_budget else settings.penalty_start
-    return {"hard": epoch >= settings.soft_epochs or settings.soft_gates,
-            "met": not settings.has_gates or (by_budget and share <= 1.1 * settings.budget),
+    budget counts as met up to 10 % above it; with lambda there is no budget to meet."""
+    free, by_budget = not settings.has_gates, settings.lam is None
+    full = max(settings.penalty_start, settings.penalty_full if by_budget else 0)
+    return {"hard": free or epoch >= settings.soft_epochs or settings.soft_gates,
+            "met": free or (by_budget and share <= 1.1 * settings.budget),
             "full": (epoch + 1) / settings.epochs1 > full, "score": score, "share": share}
 
 
@@ -463,22 +464,22 @@ def train(settings: Settings) -> Path:
                         f"be shared by {world} processes: start fewer")
     epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
     schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
-    there = [name for name in ("checkpoint.pt", "model.pt") if (out / name).is_file()]
-    if not settings.resume or not there:
+    started, finished = ((out / name).is_file() for name in ("checkpoint.pt", "model.pt"))
+    if settings.resume and (started or finished):
+        check_same(out, settings, identity)
+    else:
         if world > 1:
             distributed.barrier()                       # all have looked at the folder
         if rank == 0:
             start_over(out, settings, identity, tokenizer)
-        there = []
-    else:
-        check_same(out, settings, identity)
-    if "model.pt" in there:
+        started = finished = False
+    if finished:
         load_run(out, device)                           # raises UserError if it is damaged
         (out / "checkpoint.pt").unlink(missing_ok=True)
         say(f"{out} is finished already")
         return out
     state, optimizer = {"done": done, "best": None, "best_model": None, "log": []}, None
-    if "checkpoint.pt" in there:
+    if started:
         state, optimizer = load_checkpoint(out, model, settings, schedule)
         say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
@@ -491,15 +492,17 @@ def train(settings: Settings) -> Path:
         state["log"] += train_epoch(model, optimizer, training, settings, phase, epoch)
         loss = state["log"][-1]["loss"]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            # every process sees all of it, so that all choose the same epoch
             seen = validate(model, validation, validation_pools, settings, phase)
         score, seconds = seen[task.metrics[0]], time.time() - start
         state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
                              name: seen})
         say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
             f"{score:.3f} with {seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
-        new = judge_epoch(settings, epoch, score, seen["layers"] / L)
-        if phase == 1 and is_better(new, state["best"]):
-            state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
+        if phase == 1:
+            new = judge_epoch(settings, epoch, score, seen["layers"] / L)
+            if is_better(new, state["best"]):
+                state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
         state["done"] += 1
         save_checkpoint(out, model, optimizer, state)
 
@@ -534,7 +537,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py made this folder: it has settings, and a model or sound settings."""
+    """Whether train.py made this folder: it has settings, and weights or settings to be read."""
     if any((folder / name).is_file() for name in ("model.pt", "checkpoint.pt")):
         return (folder / "settings.json").is_file()
     try:
@@ -567,12 +570,13 @@ def find_folder(settings: Settings) -> Path:
 
 def start_over(out: Path, settings: Settings, identity: dict,
                tokenizer: BertWordPieceTokenizer) -> None:
-    """Make the folder of a new run; a run that is there goes."""
+    """Make the folder of a new run; delete a run that is there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
-    for pattern in "checkpoint.pt model.pt log.jsonl eval*.json *.png".split():
+    pictures = [f"{name}.png" for name in "score criteria layers examples training".split()]
+    for pattern in ["checkpoint.pt", "model.pt", "log.jsonl", "eval*.json", *pictures]:
         for stale in out.glob(pattern):
             stale.unlink()
     data.write_json(out / "settings.json", asdict(settings))    # first: it makes this folder a run
@@ -656,20 +660,19 @@ def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: l
         model.load_state_dict(checkpoint["model"])
         optimizer = make_optimizer(model, settings, schedule[state["done"] - 1][0])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        rank, world = processes()
-        cpu, cuda = checkpoint["random"][rank]
-        if len(checkpoint["random"]) != world:
-            raise IndexError
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)              # [] without a GPU
+        random, (rank, world) = checkpoint["random"], processes()
+        if len(random) != world:
+            raise ValueError
+        torch.set_rng_state(random[rank][0])
+        torch.cuda.set_rng_state_all(random[rank][1])   # [] without a GPU
         return state, optimizer
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
-        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights, another device or "
-                        f"number of processes: start over with --overwrite")
+        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights, other GPUs or "
+                        f"another number of processes: start over with --overwrite")
 
 
 def of_result(settings: Settings) -> dict:
-    """The settings that decide on a run's result; of the weights only the name."""
+    """The settings that affect a run's result; of the weights only the folder's name."""
     kept = {name: value for name, value in vars(settings).items() if name not in NOT_IN_RESULT}
     return kept | {"weights": settings.weights and Path(settings.weights).name}
 
@@ -681,7 +684,7 @@ def join_processes() -> None:
     if "LOCAL_RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     kinds = "cpu:gloo,cuda:nccl" if distributed.is_nccl_available() else "gloo"
     distributed.init_process_group(kinds)
 
@@ -694,7 +697,7 @@ def processes() -> tuple[int, int]:
 
 
 def open_streams() -> None:
-    """Output that is closed goes nowhere; a character that a console cannot print becomes a ?."""
+    """Discard output to a closed stream; replace what a console cannot print with a ?."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -703,7 +706,7 @@ def open_streams() -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print a line. A run must not die because nobody reads it any more."""
+    """Print a line, from the first process. A run must not die because nobody reads it."""
     try:
         if processes()[0] == 0:
             print(text, file=file, flush=True)

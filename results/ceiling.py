@@ -53,7 +53,8 @@ def fixed(layers: set[int], rows: int, L: int) -> torch.Tensor:
     return torch.tensor([i in layers for i in range(L)]).expand(rows, L)
 
 
-def greedy(model: SmartBert, batches: list[Batch], held: Split, task: Task, depth: int) -> set[int]:
+def greedy(model: SmartBert, batches: list[Batch], held: Split, task: Task,
+           depth: int) -> set[int]:
     """The layers that are left when the least useful is dropped until `depth` are left."""
     L = len(model.gates)
     kept = set(range(L))

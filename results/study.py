@@ -102,6 +102,8 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
             usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
             if name not in ("seed", "bf16") and value != usual:
                 differ += f" {name}={value}"
+        if result.settings["recipe"] == "release":      # it stands for many settings
+            differ = " recipe=release"
         study.setdefault((*result.kind, differ), []).append(result)
     return dict(sorted(study.items()))
 
@@ -186,7 +188,8 @@ def plot_study(study: dict, folder: Path) -> None:
     # here: the tables need no matplotlib
     from lesson.pictures import GRAY, canvas, picture
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained",
+                                squeeze=False)
     for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
         mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
         panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
