@@ -95,15 +95,15 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
         if not any(row.chosen for row in result.rows):
             raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; "
                             f"leave it out")
-        # A run is named by its settings that differ from most of its kind.
-        alike = [other.settings for other in results if other.kind == result.kind]
-        differ = ""
+        # A run is named by its settings that differ from most of its kind and recipe.
+        recipe = result.settings["recipe"]
+        alike = [other.settings for other in results
+                 if other.kind == result.kind and other.settings["recipe"] == recipe]
+        differ = "" if recipe == "ours" else f" recipe={recipe}"
         for name, value in result.settings.items():
             usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
             if name not in ("seed", "bf16") and value != usual:
                 differ += f" {name}={value}"
-        if result.settings["recipe"] == "release":      # it stands for many settings
-            differ = " recipe=release"
         study.setdefault((*result.kind, differ), []).append(result)
     return dict(sorted(study.items()))
 
