@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import UserError
 from eval import MAX_DROP, MODES, Row, at_cost, choose
-from train import NOT_IN_RESULT, Settings
+from train import NOT_IN_RESULT, SMARTBERT_ONLY, Settings
 
 # Settings of older files under their present names.
 FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}
@@ -89,7 +89,7 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
     for result in results:      # a run that started from another of these has that one's weights
         data, weights, method = result.kind
         result.kind = (data, start_of.get(weights, weights), method)
-        result.settings["weights"] = result.kind[1]
+        result.settings |= {"weights": result.kind[1], "from_run": weights in start_of}
     for path, result in zip(files, results):
         choose(result.rows, max_drop, speedup)
         if not any(row.chosen for row in result.rows):
@@ -102,7 +102,8 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
         differ = "" if recipe == "ours" else f" recipe={recipe}"
         for name, value in result.settings.items():
             usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
-            if name not in ("seed", "bf16") and value != usual:
+            foreign = result.kind[2] != "smartbert" and name in SMARTBERT_ONLY
+            if name not in ("seed", "bf16") and not foreign and value != usual:
                 differ += f" {name}={value}"
         study.setdefault((*result.kind, differ), []).append(result)
     return dict(sorted(study.items()))
