@@ -433,7 +433,8 @@ def unsnap(content: bytes) -> bytes:
 
 
 def compare(content: bytes | np.ndarray, stored: int) -> None:
-    """Raise ValueError where the CRC-32C of these bytes is not the stored one ("masked").
+    """Raise ValueError where the CRC-32C of these bytes (4 or more) is not the stored one, which
+    TensorFlow rotates and shifts ("masked").
 
     The checksum is a remainder of polynomials over GF(2), so it is linear: all rows of a matrix of
     the bytes are divided at once, and then joined with their neighbours, two by two.

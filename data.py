@@ -286,9 +286,9 @@ def unpack(archive: Path, names: list[str], folder: Path, downloaded: bool = Tru
         if not downloaded:
             raise UserError(f"{archive} is damaged or not one of Google's ({error}): replace it")
         archive.unlink(missing_ok=True)
-        raise UserError(f"{archive} is removed, it was damaged or another's ({error}): run again")
-    for path, data in content.items():
-        atomic_write(path, lambda file: file.write(data))
+        raise UserError(f"{archive} is removed, damaged or another file ({error}): run again")
+    for path, text in content.items():
+        atomic_write(path, lambda file: file.write(text))
 
 
 def assemble_mrpc(task: Task, folder: Path) -> None:
@@ -343,7 +343,7 @@ def google_zip(name: str) -> str | None:
     """Where Google keeps the model that has this name on the hub; None if it is not Google's."""
     large = {"google-bert/bert-base-uncased": "2018_10_18/uncased_L-12_H-768_A-12.zip",
              "google-bert/bert-large-uncased": "2018_10_18/uncased_L-24_H-1024_A-16.zip"}
-    small = name.startswith("google/bert_uncased_L-")           # turned into miniatures in 2020
+    small = name.startswith("google/bert_uncased_L-")           # the miniatures of 2020
     return f"2020_02_20/{name.removeprefix('google/bert_')}.zip" if small else large.get(name)
 
 

@@ -253,6 +253,9 @@ def bars(row: Row) -> str:
     """Skip rate and exits of each layer, as bars; and the toy's levels."""
     lines = ["layer  skipped by those who reached it     exited after it"]
     for i, (skipped, count) in enumerate(zip(row.skip_rate, row.exit_histogram), 1):
+        if not any(row.exit_histogram[i - 1:]):
+            lines.append(f"{i:>5}  not reached")
+            continue
         exited = count / sum(row.exit_histogram)
         lines.append(f"{i:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
                      f"{'#' * round(20 * exited):<20} {exited:>4.0%}")
@@ -405,6 +408,8 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
     walks = walk(model, split, points)
     rows = [measure(model, split, task, walks, point) for point in points]
     if arguments.repeats:
+        train.say(f"timing {len(rows)} rows, {1 + arguments.repeats} passes each (--repeats 0: "
+                  f"leave this out)", sys.stderr)
         clock(model, split, rows, arguments.repeats)
     curve = [measure(model, split, task, walks, point) for point in fine_grid(walks, points)]
     compared = criteria(model, split, task, walks) if arguments.criteria else []

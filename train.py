@@ -242,13 +242,14 @@ def set_up(settings: Settings) -> tuple:
             sys.stderr)
     former = read_settings(folder) if folder and is_run(folder) else None
     if former and former.task == task.name:
-        check_data(folder, identity)         # or it may have been trained on what is held out here
+        check_data(folder, identity)        # or it may have been trained on what is held out here
         if former.method == "bert" and settings.method in ("deebert", "fastbert"):
             done = settings.epochs1         # a plain BERT is their phase 1
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
-    if processes()[0]:                                  # other dropout than the first process has
-        torch.manual_seed(settings.seed + processes()[0])
+    rank, _ = processes()
+    if rank:                                            # other dropout than the first process has
+        torch.manual_seed(settings.seed + rank)
     if settings.lr is None:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
     training, validation = [data.encode(tokenizer, split, settings.max_length)
@@ -349,8 +350,8 @@ class StepLoss(nn.Module):
         inputs = (batch.ids, batch.segment_ids, batch.mask)
         if settings.method != "smartbert":
             loss = METHODS[settings.method][self.phase - 1]
-            step = (step,) if settings.method == "berxit" else ()
-            return {"loss": global_mean(loss(model, inputs, labels, *step), len(labels))}
+            more = [step] if settings.method == "berxit" else []
+            return {"loss": global_mean(loss(model, inputs, labels, *more), len(labels))}
         eta1, eta2 = (0.0, 0.0) if settings.no_contrast else (settings.eta1, settings.eta2)
         if self.phase == 2:
             return {"loss": phase2_loss(model, *inputs, labels, eta2=eta2, tau2=settings.tau2,
@@ -374,7 +375,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     number = epoch if phase == 1 else settings.epochs1 + epoch          # of the whole run
     order = data.batch_indices(training, settings.batch_size, seed=settings.seed + number)
     step_loss, (rank, world) = StepLoss(model, settings, phase), processes()
-    if world > 1:           # row r of a batch goes to process r % world; smaller ones are left out
+    if world > 1:           # row r of a batch goes to process r % world; no batch is smaller
         order = [indices for indices in order if len(indices) >= world]
         step_loss = DistributedDataParallel(step_loss, find_unused_parameters=True,
                                             gradient_as_bucket_view=True)
@@ -667,8 +668,8 @@ def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: l
         torch.cuda.set_rng_state_all(random[rank][1])   # [] without a GPU
         return state, optimizer
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
-        raise UserError(f"{out}/checkpoint.pt is damaged, or of other weights, other GPUs or "
-                        f"another number of processes: start over with --overwrite")
+        raise UserError(f"{out}/checkpoint.pt is damaged, or of another version, other weights, "
+                        f"other GPUs or another number of processes: start over with --overwrite")
 
 
 def of_result(settings: Settings) -> dict:
@@ -722,6 +723,7 @@ def parse(arguments: list[str] | None) -> Settings:
     known = first.parse_known_args(arguments)[0]
     recipe = RELEASE if known.recipe == "release" else RECIPES.get(known.task, {})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="%(prog)s [--SETTING VALUE ...]   (--help lists them)",
                                      argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
