@@ -7,7 +7,7 @@ BERT code it has no pooler, and each layer can be run alone, on any subset of th
     bert = load_bert("path/to/bert-base-uncased")   # a folder from the hub, or one of Google's
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
 
-Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (4H),
+Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (usually 4H),
 A attention heads, D = H / A, L layers.
 """
 
@@ -23,11 +23,6 @@ from torch import Tensor, nn
 
 
 # --- The encoder --------------------------------------------------------------------------------
-
-# The smallest and the largest value of the numbers in config.json; of all others 1 and 10^7.
-LIMITS = {"num_hidden_layers": (1, 1000), "layer_norm_eps": (0, 1), "initializer_range": (0, 1000),
-          "hidden_dropout_prob": (0, 0.99), "attention_probs_dropout_prob": (0, 0.99)}
-
 
 @dataclass
 class BertConfig:
@@ -46,24 +41,7 @@ class BertConfig:
     initializer_range: float = 0.02             # standard deviation of fresh weights
 
     def __post_init__(self):
-        advice = "correct config.json, or download it again"
-        for field in fields(self):
-            value = getattr(self, field.name)
-            low, high = LIMITS.get(field.name, (1, 10**7))
-            kind, types = ("whole number", int) if field.type is int else ("number", (int, float))
-            fits = isinstance(value, types) and not isinstance(value, bool)
-            if not fits or not low <= value <= high:            # NaN is refused as well
-                raise ValueError(f"{field.name} {value!r:.60} is not a {kind} from {low} to "
-                                 f"{high}: {advice}")
-        H, heads = self.hidden_size, self.num_attention_heads
-        if H % heads:
-            raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads {heads}: "
-                             f"{advice}")
-        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
-        layer = 4 * H * H + 2 * H * self.intermediate_size
-        parameters = rows * H + self.num_hidden_layers * layer
-        if parameters > 5 * 10**9:                              # 20 GB in fp32
-            raise ValueError(f"a BERT of {parameters:.0e} parameters is too large: {advice}")
+        check_config(self)                      # raises ValueError for a value out of range
 
 
 class Embeddings(nn.Module):
@@ -75,7 +53,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids: Tensor, segment_ids: Tensor) -> Tensor:
         """ids, segment_ids (B, S) -> h_0 (B, S, H)."""
@@ -90,23 +68,25 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
-        self.heads = config.num_attention_heads
+        self.num_heads = config.num_attention_heads
         self.qkv = nn.Linear(H, 3 * H)          # query, key and value in one product
-        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
+        self.attention_dropout = config.attention_probs_dropout_prob
         self.out = nn.Linear(H, H)
         self.norm1 = nn.LayerNorm(H, config.layer_norm_eps)
         self.up = nn.Linear(H, I)
         self.down = nn.Linear(I, H)
         self.norm2 = nn.LayerNorm(H, config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        """h (B, S, H), mask (B, S) True at real tokens or None when all are -> (B, S, H)."""
+        """h (B, S, H); mask (B, S), True at real tokens, or None when all are -> (B, S, H)."""
         B, S, H = h.shape
         # q, k, v each (B, A, S, D)
-        q, k, v = self.qkv(h).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         # softmax(q k^T / sqrt(D)) v, where no token sees the padding
-        a = attention(q, k, v, mask, self.attention_dropout)                # (B, A, S, D)
+        mask = None if mask is None else mask[:, None, None, :]             # (B, 1, 1, S)
+        p = self.attention_dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)    # (B, A, S, D)
         a = self.out(a.transpose(1, 2).reshape(B, S, H))                    # (B, S, H)
         h = self.norm1(h + self.dropout(a))
         f = self.down(F.gelu(self.up(h)))                                   # feed-forward
@@ -131,7 +111,7 @@ class Bert(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> list[Tensor]:
-        """ids, segment_ids, mask (B, S), True at real tokens -> [h_0 .. h_L], each (B, S, H)."""
+        """ids, segment_ids (B, S); mask (B, S), True at real tokens -> h_0 .. h_L, (B, S, H)."""
         hiddens = [self.embeddings(ids, segment_ids)]
         mask = mask_or_none(mask)
         for layer in self.layers:
@@ -140,7 +120,7 @@ class Bert(nn.Module):
 
 
 def mask_or_none(mask: Tensor) -> Tensor | None:
-    """None for a batch without padding: attention without a mask is faster, with equal results."""
+    """None for a batch without padding: attention without a mask is faster."""
     return None if mask.all() else mask
 
 
@@ -148,11 +128,11 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 
 def load_bert(folder: str | Path, **changes) -> Bert:
     """The pre-trained encoder, in fp32, in a folder laid out as on the Hugging Face hub or as
-    Google published it. changes: values that replace those of the folder's config.json (Google's
-    bert_config.json), such as hidden_dropout_prob.
+    Google published it (also a SavedModel's). changes: values that replace those of the folder's
+    config.json (Google's bert_config.json), such as hidden_dropout_prob.
 
-    This and the functions below raise ValueError, with a message of one line, for files that are
-    missing, damaged or not a BERT's, and for tensors that do not fit config.json.
+    This and the other functions of this section raise ValueError, with a message of one line, for
+    files that are missing, damaged or not a BERT's, and for tensors that do not fit config.json.
     """
     folder = Path(folder)
     bert = Bert(replace(read_config(folder), **changes))
@@ -174,7 +154,7 @@ EMBEDDINGS = {"word.weight": "word_embeddings.weight", "norm.weight": "LayerNorm
               "position.weight": "position_embeddings.weight", "norm.bias": "LayerNorm.bias",
               "segment.weight": "token_type_embeddings.weight"}
 # Tensors that a file may hold but the encoder does not use: the pooler, the heads of pre-training
-# and of tasks, the buffer of position ids (0, 1, 2, ...) and the count of training steps.
+# and of tasks under their usual names, the position ids (0, 1, 2, ...), the count of steps.
 IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids",
            "dense.", "global_step")
 
@@ -244,12 +224,38 @@ def read_config(folder: Path) -> BertConfig:
     required = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                 "is_decoder": False, "add_cross_attention": False}
     for name, value in required.items():
-        given = values.get(name) or value               # absent or null means the default
+        given = value if values.get(name) is None else values[name]     # null is the default
         if given != value:
             raise ValueError(f"{path}: {name} is {given!r:.60}, but this code supports only "
                              f"{value!r}: use other weights")
     known = {field.name for field in fields(BertConfig)}
     return BertConfig(**{name: value for name, value in values.items() if name in known})
+
+
+# The range of each number in config.json; of those not listed 1 to 10^7.
+LIMITS = {"num_hidden_layers": (1, 1000), "layer_norm_eps": (0, 1), "initializer_range": (0, 1000),
+          "hidden_dropout_prob": (0, 0.99), "attention_probs_dropout_prob": (0, 0.99)}
+
+
+def check_config(config: BertConfig) -> None:
+    """Raise ValueError for a value of a wrong type or out of range, and for an impossible size."""
+    advice = "correct config.json, or download it again"
+    for field in fields(config):
+        value = getattr(config, field.name)
+        low, high = LIMITS.get(field.name, (1, 10**7))
+        kind, types = ("whole number", int) if field.type is int else ("number", (int, float))
+        fits = isinstance(value, types) and not isinstance(value, bool)
+        if not fits or not low <= value <= high:                # NaN is refused as well
+            raise ValueError(f"{field.name} {value!r:.60} is not a {kind} from {low} to {high}: "
+                             f"{advice}")
+    H, I, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    if H % heads:
+        raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads {heads}: "
+                         f"{advice}")
+    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    parameters = rows * H + config.num_hidden_layers * (4 * H * H + 2 * H * I)
+    if parameters > 5 * 10**9:                                  # 20 GB in fp32
+        raise ValueError(f"a BERT of {parameters:.0e} parameters is too large: {advice}")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -262,8 +268,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for index in "bert_model.ckpt.index", "variables/variables.index":
             if (folder / index).is_file():
                 return read_checkpoint(folder / index)
-        raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors: "
-                         f"download one of them, or save weights in several parts as one file")
+        raise ValueError(f"{folder} holds neither pytorch_model.bin nor model.safetensors nor "
+                         f"bert_model.ckpt.index: download one of them, or save weights in "
+                         f"several parts as one file")
     try:
         from safetensors.torch import load_file
         return load_file(path)
@@ -282,41 +289,6 @@ def read_torch_file(path: Path, advice: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is missing, truncated or not a dict from torch.save: {advice}")
     return content
-
-
-# --- For speed alone ----------------------------------------------------------------------------
-
-# On a CPU, torch's dropout draws one random number for every value. This Dropout and the attention
-# that uses it are faster: without them a training step takes 9 % longer (16 x 96 tokens, H = 384,
-# fp32). To understand the model, read nn.Dropout and F.scaled_dot_product_attention instead.
-
-class Dropout(nn.Module):
-    """nn.Dropout with p rounded to a multiple of 1 / 65536: one 64-bit draw serves four values."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
-        n, dropped = x.numel(), round(self.p * 2**16)
-        bits = torch.empty(n // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-        uniform = bits.view(torch.int16)[:n].view(x.shape)      # in [-2^15, 2^15)
-        return x.masked_fill(uniform < dropped - 2**15, 0.0) * (2**16 / (2**16 - dropped))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v; q, k, v (B, A, S, D), mask (B, S) or None -> (B, A, S, D).
-    torch's fused version never stores all scores, but it cannot use our Dropout on a CPU."""
-    mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, S)
-    p = dropout.p if dropout.training else 0.0
-    if not p or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    scores = (q * q.shape[-1]**-0.5) @ k.transpose(2, 3)                    # (B, A, S, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return dropout(scores.softmax(-1)) @ v
 
 
 # --- Google's own checkpoints -------------------------------------------------------------------
@@ -343,6 +315,7 @@ def read_checkpoint(index: Path) -> dict[str, Tensor]:
         at = varint(footer, varint(footer, 0)[1])[1]    # the second: of the list of blocks
         for _, handle in entries(table, footer[at:]):
             for name, value in entries(table, handle):
+                # the empty name is the header's
                 if name and not name.endswith(("/adam_m", "/adam_v")):
                     tensor = read_entry(message(value), content)
                     # bert/encoder/layer_0/output/dense/kernel
@@ -361,19 +334,19 @@ def read_entry(entry: dict[int, list], content: np.ndarray) -> Tensor:
     shape = [message(size).get(1, [0])[0] for size in message(entry[2][0]).get(2, [])]
     offset, size = entry.get(4, [0])[0], entry[5][0]    # numbers that are 0 are left out
     values = content[offset:offset + size]
-    compare(values, entry[6][0])
+    check_crc(values, entry[6][0])
     kind = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}[entry[1][0]]
     return torch.from_numpy(np.frombuffer(bytearray(values), kind).reshape(shape))
 
 
 def entries(table: bytes, handle: bytes) -> Iterator[tuple[str, bytes]]:
-    """Keys and values of the block of a table that a handle (offset, size) points to. A key names
-    only what differs from the one before."""
+    """Key and value of each entry of one block of the table. handle: the block's offset and size,
+    two varints. A key stores only what differs from the key before it."""
     offset, at = varint(handle, 0)
     size, _ = varint(handle, at)
-    block, kind = table[offset:offset + size], table[offset + size]
+    block, kind = table[offset:offset + size], table[offset + size]     # kind 1: compressed
     stored = table[offset + size + 1:offset + size + 5]
-    compare(table[offset:offset + size + 1], int.from_bytes(stored, "little"))
+    check_crc(table[offset:offset + size + 1], int.from_bytes(stored, "little"))
     block = unsnap(block) if kind == 1 else block
     key, at = b"", 0
     end = len(block) - 4 - 4 * int.from_bytes(block[-4:], "little")     # an array of offsets
@@ -401,12 +374,12 @@ def message(content: bytes) -> dict[int, list]:
     values, at = {}, 0
     while at < len(content):
         tag, at = varint(content, at)
-        if tag & 7 == 0:
+        if tag & 7 == 5:                                # four bytes
+            value, at = int.from_bytes(content[at:at + 4], "little"), at + 4
+        else:
             value, at = varint(content, at)
-        else:                                           # 5: four bytes; 2: as many as it says
-            size, at = (4, at) if tag & 7 == 5 else varint(content, at)
-            value, at = content[at:at + size], at + size
-            value = int.from_bytes(value, "little") if tag & 7 == 5 else value
+            if tag & 7 == 2:                            # a length, then so many bytes
+                value, at = content[at:at + value], at + value
         values.setdefault(tag >> 3, []).append(value)
     return values
 
@@ -432,29 +405,29 @@ def unsnap(content: bytes) -> bytes:
     return bytes(result)
 
 
-def compare(content: bytes | np.ndarray, stored: int) -> None:
-    """Raise ValueError where the CRC-32C of these bytes (4 or more) is not the stored one, which
-    TensorFlow rotates and shifts ("masked").
+def check_crc(content: bytes | np.ndarray, stored: int) -> None:
+    """Raise ValueError where the CRC-32C (RFC 3720) of these bytes (4 or more) is not the stored
+    one, which TensorFlow rotates and shifts ("masked").
 
     The checksum is a remainder of polynomials over GF(2), so it is linear: all rows of a matrix of
-    the bytes are divided at once, and then joined with their neighbours, two by two.
+    the bytes are divided at once, and then joined with their neighbours, two by two:
+    remainder(left + right) = remainder(left + as many zero bytes as right has) ^ remainder(right).
     """
-    content = np.frombuffer(content, np.uint8)
+    content = np.frombuffer(content, np.uint8).copy()
+    content[:4] ^= 255                                  # starts with 32 ones
     width = 2 ** (len(content).bit_length() // 2)
-    rows = np.zeros(-(-len(content) // width) * width, np.uint8)        # zeros in front: no effect
-    rows[len(rows) - len(content):] = content
-    rows[len(rows) - len(content):][:4] ^= 255                          # starts with 32 ones
-    rest, zeros = np.zeros(len(rows) // width, np.uint32), 1 << np.arange(32, dtype=np.uint32)
-    for column in np.ascontiguousarray(rows.reshape(-1, width).T):
+    rows = np.pad(content, (-len(content) % width, 0)).reshape(-1, width)   # 0 in front: no effect
+    rest, zeros = np.zeros(len(rows), np.uint32), 1 << np.arange(32, dtype=np.uint32)
+    for column in np.ascontiguousarray(rows.T):
         rest = CRC_TABLE[(rest ^ column) & 255] ^ rest >> 8
         zeros = CRC_TABLE[zeros & 255] ^ zeros >> 8     # what `width` zero bytes do to each bit
 
-    def follow(rest: np.ndarray) -> np.ndarray:
+    def after_zeros(rest: np.ndarray) -> np.ndarray:
         bits = rest[:, None] >> np.arange(32, dtype=np.uint32) & 1
         return np.bitwise_xor.reduce(bits * zeros, axis=1)
     while len(rest) > 1:
         rest = np.concatenate([rest[:len(rest) % 2] * 0, rest])
-        rest, zeros = follow(rest[::2]) ^ rest[1::2], follow(zeros)
+        rest, zeros = after_zeros(rest[::2]) ^ rest[1::2], after_zeros(zeros)
     crc = int(rest[0]) ^ 0xFFFFFFFF
     if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != stored:
         raise ValueError

@@ -42,6 +42,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
+    """One of GLUE's tasks: where its files are, what is in them, how it is scored."""
     name: str
     folder: str                                 # GLUE's folder
     columns: tuple = ("sentence1", "sentence2", "label")    # text, second text (or None), label
@@ -70,13 +71,15 @@ TASKS = {task.name: task for task in (
 
 
 def find_task(name: str) -> Task:
+    """The task of this name. Raises UserError."""
     if name not in TASKS:
         raise UserError(f"unknown task {name!r:.60}: use one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, float]:
-    """The task's metrics, the main one first. F1 (of class 1) and Matthews' are 0 if undefined."""
+    """The task's metrics, the main one first, from N class ids each. F1 (of class 1) and Matthews'
+    correlation are 0 where they are undefined."""
     p, y = np.asarray(predictions), np.asarray(labels)
     tn, fp, fn, tp = np.bincount(2 * (y == 1) + (p == 1), minlength=4).tolist()
     spread = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
@@ -146,8 +149,9 @@ def read_lines(path: Path, advice: str) -> list[str]:
 
 
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Left out, and told on
-    stderr, are rows with more or fewer fields than the header, and MNLI's without a gold label."""
+    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Rows with more or fewer
+    fields than the header, and MNLI's without a gold label, are left out and reported on stderr.
+    """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
     advice = f"put {task.folder}'s {split}.tsv there"
@@ -177,29 +181,6 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     return Split(texts, labels, partial=path == part)
 
 
-def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
-    """The user's own examples, without labels: one text or pair from the command line, or one for
-    each line of a file (- is standard input), with a tab between the two texts of a pair."""
-    advice = "name a file with a sentence a line, or - for stdin"
-    lines = ["\t".join(texts)] if texts else read_lines(Path(path), advice)
-    pair, examples = task.columns[1] is not None, []
-    wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
-    for number, line in enumerate(lines, 1):
-        first, *second = parts = line.split("\t")
-        if len(second) != pair or not all(part.strip() for part in parts):
-            raise UserError(f"example {number} is {line!r:.60}, but {task.name} takes {wanted}")
-        if any("\ud800" <= character <= "\udfff" for character in line):
-            raise UserError(f"example {number} is not UTF-8 text: give it in that encoding")
-        examples.append((first, second[0] if pair else None))
-    return Split(examples, [0] * len(examples))
-
-
-def digest(split: Split) -> str:
-    """SHA-256 of the texts and labels of a split, in their order: it identifies the examples."""
-    examples = "".join(map(repr, zip(split.texts, split.labels)))
-    return hashlib.sha256(examples.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
     """(training part, held-out part), both in the order of the split. A share (0..1) of each class
     is drawn at random, at most about 2000 rows in all: more would select no better."""
@@ -212,6 +193,179 @@ def hold_out(split: Split, share: float = 0.1, seed: int = 0) -> tuple[Split, Sp
         raise UserError(f"nothing is left to train on: hold out less than {share} of all {N} rows")
     rest = [i for i in range(N) if i not in held]
     return split.select(rest), split.select(sorted(held))
+
+
+def digest(split: Split) -> str:
+    """SHA-256 of the texts and labels of a split, in their order. A run stores it, to detect later
+    that its data have changed."""
+    examples = "".join(map(repr, zip(split.texts, split.labels)))
+    return hashlib.sha256(examples.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split:
+    """The user's own examples, without labels: one text or pair from the command line, or one for
+    each line of a file (- is standard input), with a tab between the two texts of a pair."""
+    advice = "name a file with a sentence a line, or - for stdin"
+    lines = ["\t".join(texts)] if texts else read_lines(Path(path), advice)
+    pair, examples = task.columns[1] is not None, []
+    wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
+    for number, line in enumerate(lines, 1):
+        parts = line.split("\t")
+        if len(parts) != 1 + pair or not all(part.strip() for part in parts):
+            raise UserError(f"example {number} is {line!r:.60}, but {task.name} takes {wanted}")
+        if any("\ud800" <= character <= "\udfff" for character in line):
+            raise UserError(f"example {number} is not UTF-8 text: give it in that encoding")
+        examples.append((parts[0], parts[1] if pair else None))
+    return Split(examples, [0] * len(examples))         # no label is known: zeros
+
+
+# --- Tokens and batches -------------------------------------------------------------------------
+
+# tokenizer_config.json's names of the settings that are obeyed -> those of tokenizer.json.
+NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+              "tokenize_chinese_chars": "handle_chinese_chars"}
+# The values that are supported; the first is the default.
+SUPPORTED = {"lowercase": [True, False], "strip_accents": [None, True, False],
+             "handle_chinese_chars": [True, False], "do_basic_tokenize": [True],
+             "never_split": [None, []], "unk_token": ["[UNK]"], "sep_token": ["[SEP]"],
+             "pad_token": ["[PAD]"], "cls_token": ["[CLS]"], "mask_token": ["[MASK]"]}
+
+
+def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
+    """BERT's WordPiece tokenizer over folder/vocab.txt: a token a line, its id the line's number
+    from 0. It obeys tokenizer_config.json, or else the normalizer of tokenizer.json. Where neither
+    states the case it is lower-case, and the vocabulary must be so too."""
+    path, stated = Path(folder) / "vocab.txt", {}
+    words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
+    if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} <= set(words) or len(set(words)) < len(words):
+        raise UserError(f"{path} lacks [PAD], [UNK], [CLS], [SEP] or has a line twice: replace it")
+    for file in path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json"):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            values = values.get("normalizer", values) or {}
+            stated |= {NORMALIZER.get(name, name): value for name, value in values.items()}
+        except (ValueError, OSError, RecursionError, AttributeError):
+            raise UserError(f"{file} is not a JSON object: remove it and download it again")
+    for name, supported in SUPPORTED.items():
+        value = stated.get(name, supported[0])
+        if name.endswith("_token") and isinstance(value, dict):
+            value = value.get("content")
+        if repr(value) not in map(repr, supported):         # 1 equals True, but is not true
+            raise UserError(f"{folder}: {name} is {value!r:.60} in tokenizer_config.json or "
+                            f"tokenizer.json, use weights with {' or '.join(map(repr, supported))}")
+    capital = next((word for word in words if word != word.lower() and word[0] != "["), None)
+    if capital and "lowercase" not in stated:
+        raise UserError(f"{path} has capitals ({capital!r:.60}): put a tokenizer_config.json with "
+                        f"do_lower_case true or false beside it")
+    rules = {name: stated[name] for name in NORMALIZER.values() if name in stated}
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, **rules)
+
+
+def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
+    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
+    vocab = tokenizer.get_vocab()
+    text = "".join(f"{word}\n" for word in sorted(vocab, key=vocab.get))
+    atomic_write(Path(folder) / "vocab.txt", lambda file: file.write(text.encode()))
+    settings = {name: getattr(tokenizer.normalizer, other) for name, other in NORMALIZER.items()}
+    write_json(Path(folder) / "tokenizer_config.json", settings)
+
+
+def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
+    """The split with token and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP].
+    Where there are more than max_length tokens, the longer text is cut first."""
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    ids, segment_ids = [], []
+    for text, second in split.texts:
+        row = tokenizer.encode(text, second)
+        ids.append(np.array(row.ids, np.int32))
+        segment_ids.append(np.array(row.type_ids, np.uint8))
+    return replace(split, ids=ids, segment_ids=segment_ids)
+
+
+@dataclass
+class Batch:
+    """B examples, padded to S tokens."""
+    ids: Tensor             # (B, S) long
+    segment_ids: Tensor     # (B, S) long
+    mask: Tensor            # (B, S) bool, True at real tokens
+    labels: Tensor          # (B,) long
+    index: Tensor           # (B,) long, the positions in the split
+
+    def to(self, device: str | torch.device) -> "Batch":
+        return Batch(*(value.to(device) for value in vars(self).values()))
+
+
+def collate(split: Split, indices: list[int]) -> Batch:
+    """These examples as one batch, padded with 0 to the longest of them."""
+    def pad(rows: list[np.ndarray]) -> Tensor:                                          # (B, S)
+        return nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in indices], True).long()
+    ids = pad(split.ids)
+    lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]                                # (B, S)
+    labels = torch.tensor([split.labels[i] for i in indices])
+    return Batch(ids, pad(split.segment_ids), mask, labels, torch.tensor(indices))
+
+
+def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
+    """The positions of the examples of each batch. Similar lengths go together: little padding.
+    Without a seed all are sorted by length, for evaluation. With a seed, for training, they are
+    shuffled, sorted only within pools of 50 batches, and the batches are shuffled again."""
+    N, lengths = len(split), np.array([len(row) for row in split.ids])                  # (N,)
+    rng = np.random.default_rng(seed)
+    order, pool = (np.arange(N), N + 1) if seed is None else (rng.permutation(N), 50 * size)
+    made = []
+    for rows in np.split(order, range(pool, N, pool)):
+        rows = rows[lengths[rows].argsort(kind="stable")].tolist()
+        made += [rows[i:i + size] for i in range(0, len(rows), size)]
+    return made if seed is None else [made[i] for i in rng.permutation(len(made))]
+
+
+def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
+    """The split in the batches of `batch_indices`, each padded to its own longest example."""
+    return (collate(split, indices) for indices in batch_indices(split, size, seed))
+
+
+# --- The toy task -------------------------------------------------------------------------------
+
+OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurse poet pilot "
+          "thief monk singer hunter painter miller soldier doctor wizard bear").split()
+THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
+          "thimble ruby candle feather bell crown spoon glove ticket").split()
+CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
+
+
+def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
+    """A thing is hidden under one of three cups, and pairs of cups change places. Where is it?
+    Level k has k swaps: "king coin b" -> b, "king coin b ab" -> a, "king coin b ab ac" -> c.
+
+    What a swap does depends on the swap before, so more swaps are harder, and no sum of word
+    scores tells the answer. (A wide layer can learn two swaps by heart.) Labels are equally
+    frequent, and so are the dev set's levels; half of the training sentences have level 2, which
+    is learned last. Raises UserError where there are too few sentences of level 0."""
+    if train // 12 + dev // 9 + 2 > len(OWNERS) * len(THINGS):
+        raise UserError(f"the toy has only {len(OWNERS) * len(THINGS)} sentences of level 0 for a "
+                        f"label: ask for fewer examples")
+    rng, splits, seen = random.Random(seed), {}, set()
+    for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
+        split = splits[name] = Split([], [], [])
+        while len(split) < size:
+            label, level = len(split) % 3, levels[len(split) // 3 % len(levels)]
+            pairs, cup = rng.choices(SWAPS, k=level), CUPS[label]
+            for pair in reversed(pairs):                # back to where the thing was hidden
+                cup = pair.replace(cup, "") if cup in pair else cup
+            text = " ".join([rng.choice(OWNERS), rng.choice(THINGS), cup, *pairs])
+            if text not in seen:                        # no sentence occurs twice
+                seen.add(text)
+                split.texts.append((text, None))
+                split.labels.append(label)
+                split.levels.append(level)
+    return splits
+
+
+def toy_tokenizer() -> BertWordPieceTokenizer:
+    """A tokenizer whose vocabulary is the toy grammar's words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OWNERS, *THINGS, *CUPS, *SWAPS]
+    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
 
 
 # --- Files and downloads ------------------------------------------------------------------------
@@ -308,15 +462,17 @@ def assemble_mrpc(task: Task, folder: Path) -> None:
 
 
 def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
-    """A folder with BERT's weights: `name` itself where it is one, or unpacked where it is a zip
-    of Google's; else a download of that name from the Hugging Face hub, into weights/ of a named
-    cache folder, else into the hub's cache; Google's models from Google, if the hub is down."""
+    """A folder with BERT's weights. name: a folder; one of Google's zips, which is unpacked into
+    our cache; or a name on the Hugging Face hub, which is downloaded (into our cache where one is
+    named, else into the hub's own). Where the hub cannot be reached, Google's models come from
+    Google. Raises UserError."""
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
         return path
     if os.path.isfile(path):
-        unpack(path, GOOGLE_FILES, cache_dir(cache) / "weights" / path.stem, downloaded=False)
-        return cache_dir(cache) / "weights" / path.stem
+        folder = cache_dir(cache) / "weights" / path.stem
+        unpack(path, GOOGLE_FILES, folder, downloaded=False)
+        return folder
     from huggingface_hub import snapshot_download, utils        # here: it takes half a second
     named = cache or os.environ.get("SMARTBERT_CACHE")
     where = cache_dir(named) / "weights" if named else None
@@ -355,147 +511,3 @@ def fetch_google(name: str, folder: Path) -> Path:
         download(GOOGLE_URL + name, archive)
         unpack(archive, GOOGLE_FILES, folder)
     return folder
-
-
-# --- Tokens and batches -------------------------------------------------------------------------
-
-# The settings that are obeyed, with their names in tokenizer.json, and the values supported.
-NAMES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
-         "tokenize_chinese_chars": "handle_chinese_chars"}
-SUPPORTED = {"lowercase": [True, False], "strip_accents": [None, True, False],
-             "handle_chinese_chars": [True, False], "do_basic_tokenize": [True],
-             "never_split": [None, []], "unk_token": ["[UNK]"], "sep_token": ["[SEP]"],
-             "pad_token": ["[PAD]"], "cls_token": ["[CLS]"], "mask_token": ["[MASK]"]}
-
-
-def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece tokenizer over folder/vocab.txt: a token a line, its id the line's number
-    from 0. It obeys tokenizer_config.json, or else the normalizer of tokenizer.json. Where neither
-    states the case it is lower-case, and the vocabulary must be so too."""
-    path, stated = Path(folder) / "vocab.txt", {}
-    words = read_lines(path, "a weights folder holds config.json, vocab.txt and pytorch_model.bin")
-    if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} <= set(words) or len(set(words)) < len(words):
-        raise UserError(f"{path} lacks [PAD], [UNK], [CLS], [SEP] or has a line twice: replace it")
-    for file in path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json"):
-        try:
-            values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            values = values.get("normalizer", values) or {}
-            stated |= {NAMES.get(name, name): value for name, value in values.items()}
-        except (ValueError, OSError, RecursionError, AttributeError):
-            raise UserError(f"{file} is not a JSON object: remove it and download it again")
-    for name, supported in SUPPORTED.items():
-        value = stated.get(name, supported[0])
-        if name.endswith("_token") and isinstance(value, dict):
-            value = value.get("content")
-        if repr(value) not in map(repr, supported):         # 1 equals True, but is not true
-            raise UserError(f"{file} or tokenizer.json: {name} is {value!r:.60}, use weights with "
-                            f"{' or '.join(map(repr, supported))}")
-    capital = next((word for word in words if word != word.lower() and word[0] != "["), None)
-    if capital and "lowercase" not in stated:
-        raise UserError(f"{path} has capitals ({capital!r:.60}): put a tokenizer_config.json with "
-                        f"do_lower_case true or false beside it")
-    rules = {name: stated[name] for name in NAMES.values() if name in stated}
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, **rules)
-
-
-def write_vocabulary(tokenizer: BertWordPieceTokenizer, folder: str | Path) -> None:
-    """vocab.txt and the settings, so that `load_tokenizer(folder)` gives the same tokenizer."""
-    vocab = tokenizer.get_vocab()
-    text = "".join(f"{word}\n" for word in sorted(vocab, key=vocab.get))
-    atomic_write(Path(folder) / "vocab.txt", lambda file: file.write(text.encode()))
-    settings = {ours: getattr(tokenizer.normalizer, theirs) for ours, theirs in NAMES.items()}
-    write_json(Path(folder) / "tokenizer_config.json", settings)
-
-
-def encode(tokenizer: BertWordPieceTokenizer, split: Split, max_length: int = 128) -> Split:
-    """The split with token and segment ids: [CLS] text [SEP], or [CLS] text [SEP] second [SEP].
-    Where there are more than max_length tokens, the longer text is cut first."""
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    ids, segment_ids = [], []
-    for text, second in split.texts:
-        row = tokenizer.encode(text, second)
-        ids.append(np.array(row.ids, np.int32))
-        segment_ids.append(np.array(row.type_ids, np.uint8))
-    return replace(split, ids=ids, segment_ids=segment_ids)
-
-
-@dataclass
-class Batch:
-    """B examples, padded to S tokens."""
-    ids: Tensor             # (B, S) long
-    segment_ids: Tensor     # (B, S) long
-    mask: Tensor            # (B, S) bool, True at real tokens
-    labels: Tensor          # (B,) long
-    index: Tensor           # (B,) long, the positions in the split
-
-    def to(self, device: str | torch.device) -> "Batch":
-        return Batch(*(value.to(device) for value in vars(self).values()))
-
-
-def collate(split: Split, indices: list[int]) -> Batch:
-    """These examples as one batch, padded with 0 to the longest of them."""
-    def pad(rows: list[np.ndarray]) -> Tensor:                                          # (B, S)
-        return nn.utils.rnn.pad_sequence([torch.from_numpy(rows[i]) for i in indices], True).long()
-    ids = pad(split.ids)
-    lengths = torch.tensor([len(split.ids[i]) for i in indices])                        # (B,)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]                                # (B, S)
-    labels = torch.tensor([split.labels[i] for i in indices])
-    return Batch(ids, pad(split.segment_ids), mask, labels, torch.tensor(indices))
-
-
-def batch_indices(split: Split, size: int, seed: int | None = None) -> list[list[int]]:
-    """The positions of the examples of each batch. Similar lengths go together: little padding.
-    Without a seed all are sorted by length, for evaluation. With a seed, for training, they are
-    shuffled, sorted only within pools of 50 batches, and the batches are shuffled again."""
-    N, lengths = len(split), np.array([len(row) for row in split.ids])                  # (N,)
-    rng = np.random.default_rng(seed)
-    order, pool = (np.arange(N), N + 1) if seed is None else (rng.permutation(N), 50 * size)
-    made = []
-    for rows in np.split(order, range(pool, N, pool)):
-        rows = rows[lengths[rows].argsort(kind="stable")].tolist()
-        made += [rows[i:i + size] for i in range(0, len(rows), size)]
-    return made if seed is None else [made[i] for i in rng.permutation(len(made))]
-
-
-def batches(split: Split, size: int, seed: int | None = None) -> Iterator[Batch]:
-    """The split in the batches of `batch_indices`, each padded to its own longest example."""
-    return (collate(split, indices) for indices in batch_indices(split, size, seed))
-
-
-# --- The toy task -------------------------------------------------------------------------------
-
-OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurse poet pilot "
-          "thief monk singer hunter painter miller soldier doctor wizard bear").split()
-THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
-          "thimble ruby candle feather bell crown spoon glove ticket").split()
-CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-
-
-def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
-    """A thing is hidden under one of three cups, and pairs of cups change places. Where is it?
-    Level k has k swaps: "king coin b" -> b, "king coin b ab" -> a, "king coin b ab ac" -> c.
-
-    What a swap does depends on the swap before: in principle level k needs k + 1 layers. No sum of
-    word scores tells the answer. Labels and levels are equally many, except that half of the
-    training sentences are of level 2, which is learned last."""
-    rng, splits, seen = random.Random(seed), {}, set()
-    for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
-        split = splits[name] = Split([], [], [])
-        while len(split) < size:
-            label, level = len(split) % 3, levels[len(split) // 3 % len(levels)]
-            pairs, cup = rng.choices(SWAPS, k=level), CUPS[label]
-            for pair in reversed(pairs):                # back to where the thing was hidden
-                cup = pair.replace(cup, "") if cup in pair else cup
-            text = " ".join([rng.choice(OWNERS), rng.choice(THINGS), cup, *pairs])
-            if text not in seen:                        # no sentence occurs twice
-                seen.add(text)
-                split.texts.append((text, None))
-                split.labels.append(label)
-                split.levels.append(level)
-    return splits
-
-
-def toy_tokenizer() -> BertWordPieceTokenizer:
-    """A tokenizer whose vocabulary is the toy grammar's words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OWNERS, *THINGS, *CUPS, *SWAPS]
-    return BertWordPieceTokenizer({word: i for i, word in enumerate(words)})

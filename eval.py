@@ -328,7 +328,8 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
     share = cost.cumsum(0) / plain_flops(model, tokens)                     # (L,)
     p, c = history.softmax(1).max(1)                                        # (L,), (L,)
     exit, L = outcome.exit[0] - 1, len(ran)
-    lines = ["layer  gate   what         head's answer        entropy   FLOPs"]
+    title = "gate" if asked.any() else ""
+    lines = [f"layer  {title:<5}  what         head's answer        entropy   FLOPs"]
     for i in range(L):
         what = "ran" if ran[i] else "skipped"
         if i >= exit and exit < L - 1:
@@ -357,8 +358,11 @@ def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: 
     tokenizer = data.load_tokenizer(folder)
     split = data.own_examples(task, arguments.trace, arguments.predict)
     split = data.encode(tokenizer, split, settings.max_length)
-    if any(tokenizer.token_to_id("[UNK]") in ids for ids in split.ids):
-        print("warning: some words are not in the vocabulary", file=sys.stderr)
+    for text in dict.fromkeys(text for pair in split.texts for text in pair if text):
+        row = tokenizer.encode(text)
+        words = [text[a:b] for token, (a, b) in zip(row.tokens, row.offsets) if token == "[UNK]"]
+        if words:
+            print(f"warning: not in the vocabulary: {', '.join(words)[:200]}", file=sys.stderr)
     outcome = cut(walk(model, split, [point])[point.walk], point.exits())
     if arguments.trace:
         tokens = torch.tensor([len(split.ids[0])])                          # (1,)

@@ -42,7 +42,7 @@ from data import Batch, Split, Task, UserError
 from smartbert import (METHODS, Criterion, Outcome, SmartBert, entropy_below, infer,
                        global_mean, phase1_loss, phase2_loss)
 
-VERSION = 4             # of the files in a run's folder; another number means another layout
+VERSION = 5             # of the files in a run's folder; another number means another layout
 DEFAULT_WEIGHTS = "google-bert/bert-base-uncased"
 POOL = 1024             # examples that go through inference together: enough for full batches
 
@@ -421,30 +421,17 @@ def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Set
 
 # --- The best epoch of phase 1 ------------------------------------------------------------------
 
-def judge_epoch(settings: Settings, epoch: int, score: float, share: float) -> dict:
-    """What counts when an epoch of phase 1 is compared with another. share: of the layers run. A
-    budget counts as met up to 10 % above it; with lambda there is no budget to meet."""
+def merit(settings: Settings, epoch: int, score: float, share: float) -> tuple:
+    """What decides which epoch of phase 1 is kept, the most important first. share: of the layers
+    run. Before the penalty every layer runs, and such an epoch would win by its score, so the
+    score counts only where the rest is equal. A budget counts as met up to 10 % above it; with
+    lambda there is no budget to meet."""
     free, by_budget = not settings.has_gates, settings.lam is None
-    full = max(settings.penalty_start, settings.penalty_full if by_budget else 0)
-    return {"hard": free or epoch >= settings.soft_epochs or settings.soft_gates,
-            "met": free or (by_budget and share <= 1.1 * settings.budget),
-            "full": (epoch + 1) / settings.epochs1 > full, "score": score, "share": share}
-
-
-def is_better(new: dict, best: dict | None) -> bool:
-    """Whether the newer of two epochs is to be kept. Before the penalty every layer runs, and such
-    an epoch would win by its score, so the score is compared only where the rest is equal."""
-    if best is None:
-        return True
-    if new["hard"] != best["hard"]:                     # gates trained as they are used
-        return new["hard"]
-    if new["met"] != best["met"]:                       # the budget, or
-        return new["met"]
-    if not new["met"] and new["full"] != best["full"]:  # at least its full penalty
-        return new["full"]
-    if new["score"] != best["score"]:
-        return new["score"] > best["score"]
-    return new["share"] <= best["share"]
+    hard = free or settings.soft_gates or epoch >= settings.soft_epochs     # as gates are used
+    met = free or (by_budget and share <= 1.1 * settings.budget)
+    start = max(settings.penalty_start, settings.penalty_full if by_budget else 0)
+    full_penalty = (epoch + 1) / settings.epochs1 > start
+    return hard, met, met or full_penalty, score, -share
 
 
 # --- Both phases --------------------------------------------------------------------------------
@@ -465,6 +452,7 @@ def train(settings: Settings) -> Path:
                         f"be shared by {world} processes: start fewer")
     epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
     schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
+    gates_epoch = int(settings.penalty_start * settings.epochs1)
     started, finished = ((out / name).is_file() for name in ("checkpoint.pt", "model.pt"))
     if settings.resume and (started or finished):
         check_same(out, settings, identity)
@@ -498,11 +486,13 @@ def train(settings: Settings) -> Path:
         score, seconds = seen[task.metrics[0]], time.time() - start
         state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
                              name: seen})
+        starts = phase == 1 and settings.has_gates and 0 < gates_epoch == epoch
         say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
-            f"{score:.3f} with {seen['layers']:.1f} of {L} layers  ({seconds:.0f} s)")
+            f"{task.metrics[0]} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
+            f"({seconds:.0f} s)" + ", the gates begin to learn" * starts)
         if phase == 1:
-            new = judge_epoch(settings, epoch, score, seen["layers"] / L)
-            if is_better(new, state["best"]):
+            new = merit(settings, epoch, score, seen["layers"] / L)
+            if state["best"] is None or new >= state["best"]:       # of equal ones the later
                 state |= {"best": new, "best_model": copy.deepcopy(model.state_dict())}
         state["done"] += 1
         save_checkpoint(out, model, optimizer, state)

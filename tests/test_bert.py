@@ -14,9 +14,7 @@ import torch
 from bert import (
     Bert,
     BertConfig,
-    Dropout,
-    Layer,
-    compare,
+    check_crc,
     convert_names,
     load_bert,
     name_table,
@@ -345,43 +343,6 @@ def test_real_weights(shared, name):
         torch.testing.assert_close(ours[mask], h[mask], rtol=0, atol=1e-5)
 
 
-def test_dropout_drops_a_share_and_keeps_the_mean():
-    """On a CPU from 16 random bits a value: the share, the scale, the gradient, and nothing twice
-    alike."""
-    torch.manual_seed(0)
-    x = torch.ones(1001, 997, requires_grad=True)  # not a multiple of four
-    for p in (0.1, 0.5):
-        dropped = Dropout(p)(x)
-        kept = dropped != 0
-        assert 1 - kept.float().mean().item() == pytest.approx(p, abs=0.002)
-        torch.testing.assert_close(
-            dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=1e-4, atol=0
-        )
-        (gradient,) = torch.autograd.grad(dropped.sum(), x)
-        assert torch.equal(gradient, dropped.detach())
-        assert not torch.equal(kept, Dropout(p)(x) != 0)
-        rows = kept.float().mean(1)  # no row or column fares worse than chance
-        assert (rows - rows.mean()).abs().max() < 0.08
-    assert torch.equal(Dropout(0.5).eval()(x), x) and Dropout(0.0)(x) is x
-
-
-def test_training_computes_what_inference_computes():
-    """With dropout on but so small that nothing is dropped, the attention that is written out
-    equals the fused one."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=20,
-        num_attention_heads=5,
-        intermediate_size=28,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=1e-9,
-    )
-    layer, h = Layer(config), torch.randn(3, 7, 20)
-    for mask in (None, torch.arange(7) < torch.tensor([7, 4, 1])[:, None]):
-        real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask
-        torch.testing.assert_close(layer.train()(h, mask)[real], layer.eval()(h, mask)[real])
-
-
 # --- Google's checkpoints: fixtures/google.zip was written by TensorFlow (make_google_fixture.py)
 
 DATA = "bert_model.ckpt.data-00000-of-00001"
@@ -433,9 +394,9 @@ def test_checksums_equal_a_division_bit_by_bit():
                 crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
         crc ^= 0xFFFFFFFF
         masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-        compare(content, masked)
+        check_crc(content, masked)
         with pytest.raises(ValueError):
-            compare(content[:-1] + bytes([content[-1] ^ 1]), masked)
+            check_crc(content[:-1] + bytes([content[-1] ^ 1]), masked)
 
 
 def test_blocks_are_decompressed():

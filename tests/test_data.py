@@ -1036,6 +1036,14 @@ def test_toy_is_balanced_and_its_splits_are_distinct(toy):
     assert toy["train"].texts != data.load_task("toy", seed=1)["train"].texts
 
 
+def test_a_toy_with_too_few_sentences_is_refused():
+    """A label has 24 x 24 sentences of level 0; here nearly all of them are used."""
+    splits = data.toy(train=5600, dev=900)
+    assert [len(split) for split in splits.values()] == [5600, 900]
+    with pytest.raises(UserError, match="576 sentences"):
+        data.toy(train=6000, dev=900)
+
+
 def test_toy_words_are_all_known(toy):
     tokenizer = data.toy_tokenizer()
     unknown = tokenizer.token_to_id("[UNK]")

@@ -292,7 +292,7 @@ def test_the_best_epoch_keeps_the_budget(tmp_path, monkeypatch, budget, best):
 
     def noted(path, **content):
         if path.name == "checkpoint.pt":
-            kept.append(content["state"]["best"]["score"])
+            kept.append(content["state"]["best"][3])
         save(path, **content)
 
     monkeypatch.setattr(

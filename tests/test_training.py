@@ -14,7 +14,7 @@ from torch import nn
 
 import data
 import train
-from bert import Bert, BertConfig, Dropout
+from bert import Bert, BertConfig, Layer
 from data import Split
 from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss, width
 from train import Settings
@@ -342,8 +342,8 @@ def kept(epochs: list[tuple[float, float]], **settings) -> int:
     """Which of phase 1's epochs, given by score and share of the layers run, is kept; from 1."""
     settings, best, number = Settings(epochs1=len(epochs), **settings), None, 0
     for epoch, (score, share) in enumerate(epochs):
-        new = train.judge_epoch(settings, epoch, score, share)
-        if train.is_better(new, best):
+        new = train.merit(settings, epoch, score, share)
+        if best is None or new >= best:
             best, number = new, epoch + 1
     return number
 
@@ -423,7 +423,8 @@ def test_dropout_reaches_encoder_gates_and_heads(tmp_path, weights):
     folder = save_tiny_weights(tmp_path / "weights") if weights else None
     settings = Settings(dropout=0.375, max_length=9)
     model = train.build_model(settings, folder, 9, data.find_task("toy"))
-    assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {0.375}
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.375}
+    assert {m.attention_dropout for m in model.modules() if isinstance(m, Layer)} == {0.375}
     assert {m.dropout for m in model.modules() if isinstance(m, ClsAttention)} == {0.375}
 
 
