@@ -251,8 +251,9 @@ def load_tokenizer(folder: str | Path) -> BertWordPieceTokenizer:
         if name.endswith("_token") and isinstance(value, dict):
             value = value.get("content")
         if repr(value) not in map(repr, supported):         # 1 equals True, but is not true
+            wanted = " or ".join(map(repr, supported))
             raise UserError(f"{folder}: {name} is {value!r:.60} in tokenizer_config.json or "
-                            f"tokenizer.json, use weights with {' or '.join(map(repr, supported))}")
+                            f"tokenizer.json, use weights with {wanted}")
     capital = next((word for word in words if word != word.lower() and word[0] != "["), None)
     if capital and "lowercase" not in stated:
         raise UserError(f"{path} has capitals ({capital!r:.60}): put a tokenizer_config.json with "
