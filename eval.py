@@ -8,7 +8,7 @@
 
 The inference modes: *plain* (every layer and the last head), *skip* (gates only), *exit* (exits
 only), *both*; and *pruned* (a LayerDrop model at a fixed depth). FLOPs are counted on real tokens,
-with gates and heads.
+with gates and heads. `evaluate` and `evaluate_split` tell the whole story; read them first.
 
 Gates do not depend on the threshold, and an exit only ends a row's computation early. So two
 passes over a split, with and without gates, evaluate all heads and never exit: the *walks*. `cut`
@@ -39,7 +39,7 @@ from smartbert import (Criterion, Outcome, SmartBert, auxiliary_flops, entropy, 
                        patience, plain_flops, probability_above)
 
 MAX_DROP = 0.5      # points of score that exits at a chosen threshold may lose on held-out data
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # of the largest entropy, for the table
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, over ln C
 GRID = 250          # thresholds that are tried on held-out data where the user names none
 MODES = ("plain", "skip", "exit", "both", "pruned")
 CRITERIA = {"entropy": entropy_below, "probability": probability_above, "patience": patience,
@@ -51,9 +51,9 @@ never = entropy_below(0.0)      # the criterion of a walk: every head is asked, 
 
 @dataclass
 class OperatingPoint:
-    """An inference mode and the number of its exit criterion, or the depth of a pruned model."""
+    """An inference mode and the number that goes with it."""
     mode: str
-    threshold: float | None = None
+    threshold: float | None = None          # entropy, patience or depth; None: no exits
     criterion: str = "entropy"              # a name in CRITERIA
     held_out: float | None = None           # the score on the held-out part of the training set
     held_out_flops: float | None = None     # share of plain's FLOPs there
@@ -69,16 +69,20 @@ class OperatingPoint:
         return self.mode in ("skip", "both")
 
     @property
-    def walk(self) -> bool | str:
-        """The key of its walk: whether it uses gates, or the depth of a pruned model."""
+    def starred(self) -> bool:
+        return self.chosen and self.threshold is not None
+
+    @property
+    def walk_key(self) -> bool | str:
+        """Which walk it needs: with gates or without (a bool), or that of a pruned model."""
         return str(self) if self.mode == "pruned" else self.gated
 
     def kept(self, L: int) -> list[int] | None:
         """The layers (from 0) of a pruned model, None for all."""
         return kept_layers(int(self.threshold), L) if self.mode == "pruned" else None
 
-    def exits(self, labels: torch.Tensor | None = None) -> Criterion | None:
-        """Its exit criterion, or None without exits. labels (N,): only the oracle needs them."""
+    def exit_criterion(self, labels: torch.Tensor | None = None) -> Criterion | None:
+        """None without exits. labels (N,): only the oracle needs them."""
         if self.mode not in ("exit", "both"):
             return None
         return CRITERIA[self.criterion](labels if self.criterion == "oracle" else self.threshold)
@@ -94,13 +98,14 @@ class Row(OperatingPoint):
     seconds: float = 0.0            # for the whole split
     skip_rate: list[float]          # of the rows that reached layer i, the share that skipped it
     exit_histogram: list[int]       # rows that exit after layer i; last: without early exit
-    levels: list[dict] | None       # of the toy: examples, accuracy, layers of each level
+    levels: list[dict]              # of the toy: examples, accuracy, layers of each level
 
 
 def plan(settings: train.Settings, classes: int, L: int,
          thresholds: list[float] | None = None) -> list[OperatingPoint]:
-    """A run's operating points, at these thresholds or at the usual ones of the method: shares of
-    the largest entropy, every patience (PABEE), every depth (LayerDrop); the dearest first."""
+    """A run's operating points, at these thresholds or at the usual ones of the method, from the
+    most expensive on: shares of the largest entropy, every patience (PABEE), every depth
+    (LayerDrop)."""
     modes = []
     if settings.has_exits:
         modes = ["exit", "both"] if settings.has_gates else ["exit"]
@@ -124,13 +129,14 @@ def plan(settings: train.Settings, classes: int, L: int,
 
 # --- Two walks, the cut, and what is measured ---------------------------------------------------
 
-def walk(model: SmartBert, split: Split, points: list[OperatingPoint]) -> dict:
+def walk(model: SmartBert, split: Split,
+         points: list[OperatingPoint]) -> dict[bool | str, Outcome]:
     """The walks that these points need: with gates under True, without under False, and one for
     each pruned model."""
     batches, walks = train.pools(split, next(model.parameters()).device), {}
     for point in points:
-        if point.walk not in walks:
-            walks[point.walk] = train.predict(model, batches, point.gated, never,
+        if point.walk_key not in walks:
+            walks[point.walk_key] = train.predict(model, batches, point.gated, never,
                                               point.kept(len(model.gates)))
     return walks
 
@@ -155,7 +161,7 @@ def cut(walked: Outcome, criterion: Criterion | None) -> Outcome:
 def measure(model: SmartBert, split: Split, task: Task, walks: dict, point: OperatingPoint) -> Row:
     """The figures of an operating point, without seconds."""
     labels = torch.tensor(split.labels)                                     # (N,)
-    outcome = cut(walks[point.walk], point.exits(labels))
+    outcome = cut(walks[point.walk_key], point.exit_criterion(labels))
     if point.criterion == "layer":              # a shallower BERT would not have asked these heads
         outcome.history[:, :int(point.threshold) - 1] = torch.nan
     L = outcome.ran.shape[1]
@@ -186,7 +192,7 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
             start = time.perf_counter()
             for batch in batches:
                 infer(model, batch.ids, batch.segment_ids, batch.mask, skip=row.gated,
-                      criterion=row.exits(), layers=row.kept(len(model.gates)))
+                      criterion=row.exit_criterion(), layers=row.kept(len(model.gates)))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -197,11 +203,11 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
 # --- The choice of a threshold ------------------------------------------------------------------
 
 def fine_grid(walks: dict, points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """The points with a threshold; for those with an entropy, GRID others of the same mode:
-    quantiles of the entropies on these walks."""
+    """The points among which to choose. Patience and depth: those given. Entropy: instead of those
+    given up to GRID others for each mode, at quantiles of the entropies on these walks."""
     grid = [point for point in points if point.mode == "pruned" or point.criterion != "entropy"]
-    exits = [point for point in points if point.mode in ("exit", "both") and point not in grid]
-    for mode in dict.fromkeys(point.mode for point in exits):
+    for mode in dict.fromkeys(point.mode for point in points
+                              if point.threshold is not None and point not in grid):
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)       # (N (L - 1), C)
         values = entropy(history[~history[:, 0].isnan()]).double().numpy()
         steps = np.linspace(0, 1, GRID if len(values) else 0)   # none where all layers are skipped
@@ -214,8 +220,8 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
     """Mark the cheapest point of each mode that loses at most max_drop points of held-out score
     against the same mode without exits; if none does, that of the best held-out score. With a
     target speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest.
-    Where no score is above 0: none."""
-    if None in [point.held_out for point in points] or not any(p.held_out for p in points):
+    Mark none where nothing was held out or no score is above 0."""
+    if any(p.held_out is None for p in points) or max(p.held_out for p in points) <= 0:
         return
     without = {point.mode: point.held_out for point in points if point.threshold is None}
     for mode in dict.fromkeys(point.mode for point in points):
@@ -241,7 +247,7 @@ def table(rows: list[Row], metric: str, layers: int) -> str:
         threshold = "" if row.threshold is None else f"{row.threshold:g}"
         held = "" if row.held_out is None else f"{row.held_out:.3f}"
         seconds = f"{rows[0].seconds / row.seconds:.2f}x" if row.seconds else ""
-        star = " *" if row.chosen and threshold else ""
+        star = " *" * row.starred
         lines.append(f"{row.mode:<6} {threshold:>9} {row.score:>9.3f} {held:>9} {row.layers:>7.2f}"
                      f" {row.flops:>7.3f} {1 / row.flops:>17.2f}x {seconds:>11}{star}")
         if star:
@@ -259,28 +265,26 @@ def bars(row: Row) -> str:
         exited = count / sum(row.exit_histogram)
         lines.append(f"{i:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
                      f"{'#' * round(20 * exited):<20} {exited:>4.0%}")
-    lines += ["", "level  examples  accuracy  layers run"] if row.levels else []
-    for each in row.levels or []:
+    if row.levels:
+        lines += ["", "level  examples  accuracy  layers run"]
+    for each in row.levels:
         lines.append("{level:>5}  {examples:>8}  {accuracy:>8.3f}  {layers:>10.2f}".format(**each))
     return "\n".join(lines)
 
 
 def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> list[str]:
     """What a reader of the table should know first. majority: the score of the majority class."""
-    found, exits = [], [row for row in rows if row.mode in ("exit", "pruned")]
+    found, early = [], [row for row in rows if row.mode in ("exit", "both")]
     for row in rows:
         if row.mode == "skip" and set(row.skip_rate) <= {0, 1}:
             found.append("every example skips the same layers, or none: the gates do not choose")
         if row.mode == "exit" and sum(row.exit_histogram) in row.exit_histogram[:-1]:
-            found.append(f"at threshold {row.threshold:g} every example exits at layer "
-                         f"{row.layers:g}")
-        starred = row.chosen and row.threshold is not None
-        if starred and speedup and row.held_out_flops > 1 / speedup:
+            found.append(f"{row}: every example exits at layer {row.layers:g}")
+        if row.starred and speedup and row.held_out_flops > 1 / speedup:
             found.append(f"{row.mode}: no threshold reaches --target-speedup {speedup:g}")
-    if rows[-1].mode in ("exit", "both") and not any(sum(row.exit_histogram[:-1])
-                                                     for row in exits):
+    if early and not any(sum(row.exit_histogram[:-1]) for row in early):
         found.append("no example ever exits early: the thresholds are too strict")
-    if exits and not any(row.held_out for row in rows):
+    if rows[-1].threshold is not None and not any((row.held_out or 0) > 0 for row in rows):
         found.append("no held-out score is above 0, or nothing was held out: no threshold chosen")
     poor = [str(row) for row in rows if row.score <= majority]
     if poor:
@@ -301,20 +305,94 @@ def criteria(model: SmartBert, split: Split, task: Task, walks: dict[bool, Outco
 
 
 def at_cost(points: list[tuple[float, float]], cost: float) -> float:
-    """The score at a share of plain's FLOPs, between two points (flops, score); NaN outside."""
+    """The score at a share of plain's FLOPs, interpolated between the two nearest points (flops,
+    score); NaN outside."""
     return float(np.interp(cost, *zip(*sorted(points)), left=np.nan, right=np.nan))
 
 
 def criteria_table(rows: list[Row]) -> str:
     """Score of every criterion at the same cost; the oracle has only one."""
-    costs, (*others, oracle) = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8), rows
+    *others, oracle = rows
+    costs = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
     lines = ["score at FLOPs" + "".join(f"{cost:>8}" for cost in costs) + "  (no gates)"]
     for name in dict.fromkeys(row.criterion for row in others):
         points = [(row.flops, row.score) for row in others if row.criterion == name]
         cells = "".join(f"{at_cost(points, cost):>8.3f}" for cost in costs)
         lines.append(f"{name:<14}" + cells.replace("nan", "  -"))
-    lines.append(f"the oracle reaches {oracle.score:.3f} at {oracle.flops:.3f}: an upper bound")
+    lines.append(f"oracle: {oracle.score:.3f} at {oracle.flops:.3f} (no criterion scores higher)")
     return "\n".join(lines)
+
+
+# --- A run, evaluated ---------------------------------------------------------------------------
+
+def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
+    """Choose the thresholds on held-out data, then evaluate each dev set. Raises UserError."""
+    folder, task = Path(arguments.run), data.find_task(settings.task)
+    points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
+    if (arguments.plot or arguments.criteria) and not settings.has_exits:
+        raise UserError(f"{folder} has no trained exit heads: nothing to plot or compare")
+    if (arguments.target_speedup or arguments.thresholds) and points[-1].threshold is None:
+        raise UserError(f"{folder} has no exits: leave out --target-speedup and --thresholds")
+    splits = data.load_task(task.name, arguments.data_dir or settings.data_dir, settings.cache)
+    _, held, identity = train.split_training_set(splits["train"], settings)
+    train.check_data(folder, identity)
+    tokenizer = data.load_tokenizer(folder)
+    if held:
+        held = data.encode(tokenizer, held, settings.max_length)
+        walks = walk(model, held, points)
+        grid = [] if arguments.thresholds else fine_grid(walks, points)
+        tried = points + [point for point in grid if point not in points]
+        for point in tried:
+            row = measure(model, held, task, walks, point)
+            point.held_out, point.held_out_flops = row.score, row.flops
+        choose(tried, arguments.max_drop, arguments.target_speedup)
+        points += [point for point in tried if point.chosen and point not in points]
+        points.sort(key=lambda point: (MODES.index(point.mode), point.threshold or 0))
+    for name in task.devs:
+        split = data.encode(tokenizer, splits[name], settings.max_length)
+        split.partial |= identity["partial"]
+        evaluate_split(arguments, settings, model, name, split, points)
+
+
+def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert,
+                   name: str, split: Split, points: list[OperatingPoint]) -> None:
+    """Measure, print and store one dev set; draw it where asked."""
+    task = data.find_task(settings.task)
+    metric, first = task.metrics[0], name == task.devs[0]
+    walks = walk(model, split, points)
+    rows = [measure(model, split, task, walks, point) for point in points]
+    if arguments.repeats:
+        train.say(f"timing {len(rows)} rows, {1 + arguments.repeats} passes each (--repeats 0: "
+                  f"leave this out)", sys.stderr)
+        clock(model, split, rows, arguments.repeats)
+    # for pictures and tables of several runs; nothing is chosen here
+    curve = [measure(model, split, task, walks, point) for point in fine_grid(walks, points)]
+    compared = criteria(model, split, task, walks) if arguments.criteria else []
+    majority = data.majority(task, split.labels)[metric]
+    # the chosen row of the last mode; plain where none is chosen
+    best = next((row for row in reversed(rows) if row.chosen), rows[0])
+    note = " (partial data: not the GLUE task)" if split.partial else ""
+    print(f"\n{task.name} {name}{note}: {len(split)} examples, majority class {majority:.3f}\n")
+    print(f"{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
+    for warning in warnings(rows, majority, arguments.target_speedup):
+        print(f"warning: {warning}")
+    result = {"task": task.name, "split": name, "partial": split.partial, "metric": metric,
+              "examples": len(split), "majority": majority, "layers": len(model.gates),
+              "device": next(model.parameters()).device.type,
+              "settings": train.of_result(settings), "rows": [vars(row) for row in rows],
+              "curve": [{"mode": row.mode, "threshold": row.threshold, "score": row.score,
+                         "flops": row.flops} for row in curve]}
+    if compared:
+        result["criteria"] = [vars(row) for row in compared]
+        print(f"\n{criteria_table(compared)}")
+    path = Path(arguments.run) / ("eval.json" if first else f"eval-{name}.json")
+    data.write_json(path, result)
+    used = f"; --predict and --trace now take {best}" if first and best.chosen else ""
+    print(f"\nwrote {path}{used}")
+    if arguments.plot and first:
+        from lesson import pictures                     # here: nothing else needs matplotlib
+        outcome = cut(walks[best.walk_key], best.exit_criterion())
+        pictures.plot(path.parent, task.name, rows, curve, best, outcome, compared, metric)
 
 
 # --- One example, layer by layer ----------------------------------------------------------------
@@ -343,8 +421,8 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
 
 
 def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """--trace and --predict, at the threshold asked for or that of the last evaluation, else the
-    dearest."""
+    """--trace and --predict, at the first of --thresholds, else at the threshold that the last
+    evaluation chose, else at the most expensive one."""
     folder, task, chosen = Path(arguments.run), data.find_task(settings.task), []
     points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
     path = folder / "eval.json"
@@ -363,7 +441,7 @@ def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: 
         words = [text[a:b] for token, (a, b) in zip(row.tokens, row.offsets) if token == "[UNK]"]
         if words:
             print(f"warning: not in the vocabulary: {', '.join(words)[:200]}", file=sys.stderr)
-    outcome = cut(walk(model, split, [point])[point.walk], point.exits())
+    outcome = cut(walk(model, split, [point])[point.walk_key], point.exit_criterion())
     if arguments.trace:
         tokens = torch.tensor([len(split.ids[0])])                          # (1,)
         print(f"{trace(model, tokens, outcome, task.labels)}; {point}")
@@ -373,80 +451,10 @@ def look_inside(arguments: argparse.Namespace, settings: train.Settings, model: 
         print(f"{task.labels[logits.argmax()]}\t{logits.softmax(0).max():.3f}\t{ran.sum()}")
 
 
-# --- A run, evaluated ---------------------------------------------------------------------------
-
-def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert) -> None:
-    """Choose the thresholds on held-out data, then evaluate each dev set. Raises UserError."""
-    folder, task = Path(arguments.run), data.find_task(settings.task)
-    points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
-    if (arguments.plot or arguments.criteria) and not settings.has_exits:
-        raise UserError(f"{folder} has no trained exit heads: nothing to plot or compare")
-    if arguments.target_speedup and points[-1].threshold is None:
-        raise UserError(f"{folder} has no exits: --target-speedup has no threshold to choose")
-    splits = data.load_task(task.name, arguments.data_dir or settings.data_dir, settings.cache)
-    _, held, identity = train.split_training_set(splits["train"], settings)
-    train.check_data(folder, identity)
-    tokenizer = data.load_tokenizer(folder)
-    if held:
-        held = data.encode(tokenizer, held, settings.max_length)
-        walks = walk(model, held, points)
-        grid = [] if arguments.thresholds else fine_grid(walks, points)
-        tried = points + [point for point in grid if point not in points]
-        for point in tried:
-            row = measure(model, held, task, walks, point)
-            point.held_out, point.held_out_flops = row.score, row.flops
-        choose(tried, arguments.max_drop, arguments.target_speedup)
-        points = [point for point in tried if point.chosen or point in points]
-        points.sort(key=lambda point: (MODES.index(point.mode), point.threshold or 0))
-    for name in task.devs:
-        split = data.encode(tokenizer, splits[name], settings.max_length)
-        split.partial |= identity["partial"]
-        evaluate_split(arguments, settings, model, name, split, points)
-
-
-def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, model: SmartBert,
-                   name: str, split: Split, points: list[OperatingPoint]) -> None:
-    """Measure, print and store one dev set; draw it where asked."""
-    task = data.find_task(settings.task)
-    metric, first = task.metrics[0], name == task.devs[0]
-    walks = walk(model, split, points)
-    rows = [measure(model, split, task, walks, point) for point in points]
-    if arguments.repeats:
-        train.say(f"timing {len(rows)} rows, {1 + arguments.repeats} passes each (--repeats 0: "
-                  f"leave this out)", sys.stderr)
-        clock(model, split, rows, arguments.repeats)
-    curve = [measure(model, split, task, walks, point) for point in fine_grid(walks, points)]
-    compared = criteria(model, split, task, walks) if arguments.criteria else []
-    majority = data.majority(task, split.labels)[metric]
-    # the chosen row of the last mode; plain where none is chosen
-    best = next((row for row in reversed(rows) if row.chosen), rows[0])
-    note = " (partial data: not the GLUE task)" if split.partial else ""
-    print(f"\n{task.name} {name}{note}: {len(split)} examples, majority class {majority:.3f}\n")
-    print(f"{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
-    for warning in warnings(rows, majority, arguments.target_speedup):
-        print(f"warning: {warning}")
-    result = {"task": task.name, "split": name, "partial": split.partial, "metric": metric,
-              "examples": len(split), "majority": majority, "layers": len(model.gates),
-              "device": next(model.parameters()).device.type,
-              "settings": train.of_result(settings), "rows": [vars(row) for row in rows],
-              "curve": [{"mode": row.mode, "threshold": row.threshold, "score": row.score,
-                         "flops": row.flops} for row in curve]}
-    if compared:
-        result["criteria"] = [vars(row) for row in compared]
-        print(f"\n{criteria_table(compared)}")
-    path = Path(arguments.run) / ("eval.json" if first else f"eval-{name}.json")
-    data.write_json(path, result)
-    used = f"; --predict and --trace now take {best}" if first and best.chosen else ""
-    print(f"\nwrote {path}{used}")
-    if arguments.plot and first:
-        from lesson import pictures                     # here: nothing else needs matplotlib
-        outcome = cut(walks[best.walk], best.exits())
-        pictures.plot(path.parent, task.name, rows, curve, best, outcome, compared, metric)
-
-
 # --- From the command line ----------------------------------------------------------------------
 
-def number_from(low: int, kind: type = float):          # the type of an argument
+def number_from(low: int, kind: type = float):
+    """An argparse type: a finite number from low up."""
     def number(text: str) -> float:
         if not low <= kind(text) < math.inf:            # false for NaN as well
             raise argparse.ArgumentTypeError(f"{text}: give a number from {low} up")

@@ -44,7 +44,7 @@ def plot(folder: Path, title: str, rows: list, points: list, row, outcome: Outco
     plt = canvas()
     fixed = [each for each in rows if each.threshold is None]
     whole = fixed + points
-    chosen = [each for each in rows if each.chosen and each.threshold is not None]
+    chosen = [each for each in rows if each.starred]
     plot_scores(plt, folder / "score.png", title, metric, "mode", whole, chosen)
     if others:
         plot_scores(plt, folder / "criteria.png", title, metric, "criterion", others, [])
@@ -100,7 +100,7 @@ def plot_examples(plt, path: Path, title: str, outcome: Outcome) -> None:
 
 
 def plot_training(plt, path: Path, title: str, metric: str, log: list[dict]) -> None:
-    """Above, loss and score over the epochs; below, the share of examples that run each layer."""
+    """Above, loss and score over the epochs; below, the share of examples whose gate says run."""
     steps = [line for line in log if "step" in line]
     epochs = [line for line in log if "step" not in line]
     judge = next(name for name, seen in epochs[0].items() if isinstance(seen, dict))
@@ -116,7 +116,7 @@ def plot_training(plt, path: Path, title: str, metric: str, log: list[dict]) -> 
     image = lower.imshow(run.T, cmap="cividis_r", vmin=0, vmax=1,
                          extent=(0, len(run) * per_step, 0.5, L + 0.5))
     figure.colorbar(image, ax=lower, location="bottom",
-                    label="share of examples that run the layer")
+                    label="share of examples whose gate says run")
     lower.grid(False)
     for axes in (upper, lower):
         axes.axvline(len(run) * per_step, color="black", ls="--", marker="")
