@@ -349,6 +349,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
         ]
     )
     refused(evaluation.main, [tmp_path / "bert", "--criteria"], "no trained exit heads")
+    refused(evaluation.main, [tmp_path / "bert", "--thresholds", "0.3"], "has no exits")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[: len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
