@@ -476,7 +476,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--criteria", action="store_true", help="compare entropy with other exit criteria")
     add("--plot", action="store_true", help="write PNG files to the folder (needs matplotlib)")
     add("--data-dir", help="folder with GLUE's files; default: where the run was trained from")
-    add("--repeats", type=number_from(0, int), default=3, help="timed passes of a row, 0: none (default 3)")
+    add("--repeats", type=number_from(0, int), default=3,
+        help="timed passes of a row, 0: none (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--trace", nargs="+", metavar="TEXT", help="show a sentence, or a pair, layer by layer")
