@@ -34,9 +34,9 @@ import torch
 import data
 import train
 from data import Split, Task, UserError
-from smartbert import (Criterion, Outcome, SmartBert, auxiliary_flops, entropy, entropy_below,
-                       first_correct, fixed_layer, flops, infer, kept_layers, layer_flops,
-                       patience, plain_flops, probability_above)
+from smartbert import (Criterion, Outcome, SmartBert, entropy, entropy_below, first_correct,
+                       fixed_layer, flops, infer, kept_layers, patience, plain_flops,
+                       probability_above)
 
 MAX_DROP = 0.5      # points of score that exits at a chosen threshold may lose on held-out data
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, over ln C
@@ -137,7 +137,7 @@ def walk(model: SmartBert, split: Split,
     for point in points:
         if point.walk_key not in walks:
             walks[point.walk_key] = train.predict(model, batches, point.gated, never,
-                                              point.kept(len(model.gates)))
+                                                  point.kept(len(model.gates)))
     return walks
 
 
@@ -203,8 +203,8 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
 # --- The choice of a threshold ------------------------------------------------------------------
 
 def fine_grid(walks: dict, points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """The points among which to choose. Patience and depth: those given. Entropy: instead of those
-    given up to GRID others for each mode, at quantiles of the entropies on these walks."""
+    """The points among which to choose. Patience and depth: those given. Entropy: not those
+    given, but up to GRID for each mode, the quantiles of the entropies on these walks."""
     grid = [point for point in points if point.mode == "pruned" or point.criterion != "entropy"]
     for mode in dict.fromkeys(point.mode for point in points
                               if point.threshold is not None and point not in grid):
@@ -401,9 +401,7 @@ def trace(model: SmartBert, tokens: torch.Tensor, outcome: Outcome, labels: tupl
     """The one row of an outcome, layer by layer. tokens (1,): its length; labels: class names."""
     gates, ran, history = outcome.gates[0], outcome.ran[0], outcome.history[0]  # (L,) (L,) (L, C)
     asked, met = ~gates.isnan(), ~history[:, 0].isnan()                     # (L,), (L,)
-    cost = (asked * auxiliary_flops(model.gates[0], tokens) + ran * layer_flops(model, tokens)
-            + met * auxiliary_flops(model.heads[0], tokens))                # (L,)
-    share = cost.cumsum(0) / plain_flops(model, tokens)                     # (L,)
+    share = flops(model, tokens, outcome)[0].cumsum(0) / plain_flops(model, tokens)     # (L,)
     p, c = history.softmax(1).max(1)                                        # (L,), (L,)
     exit, L = outcome.exit[0] - 1, len(ran)
     title = "gate" if asked.any() else ""
@@ -464,7 +462,8 @@ def number_from(low: int, kind: type = float):
 
 def main(arguments: list[str] | None = None) -> None:
     train.open_streams()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="%(prog)s RUN [OPTIONS]   (--help lists them)")
     add = parser.add_argument
     add("run", help="the folder of a run that train.py made")
     add("--thresholds", nargs="+", type=number_from(0), metavar="T",

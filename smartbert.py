@@ -528,10 +528,11 @@ def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
 
 
 def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
-    """FLOPs of each row of a pool: its layers, gates and heads. tokens (N,) real -> (N,)."""
-    gates = (~outcome.gates.isnan()).sum(1)                                 # asked, (N,)
-    heads = (~outcome.history[:, :, 0].isnan()).sum(1)
-    return (layer_flops(model, tokens) * outcome.ran.sum(1)
+    """FLOPs of each row of a pool in each layer, gate and head included, (N, L). tokens (N,): its
+    real tokens."""
+    tokens = tokens[:, None]                                                # (N, 1)
+    gates, heads = ~outcome.gates.isnan(), ~outcome.history[:, :, 0].isnan()    # asked, (N, L)
+    return (layer_flops(model, tokens) * outcome.ran
             + auxiliary_flops(model.gates[0], tokens) * gates
             + auxiliary_flops(model.heads[0], tokens) * heads)
 

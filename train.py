@@ -452,7 +452,6 @@ def train(settings: Settings) -> Path:
                         f"be shared by {world} processes: start fewer")
     epochs = {1: settings.epochs1, 2: settings.epochs2 * settings.has_phase2}
     schedule = [(phase, epoch) for phase in epochs for epoch in range(epochs[phase])]
-    gates_epoch = int(settings.penalty_start * settings.epochs1)
     started, finished = ((out / name).is_file() for name in ("checkpoint.pt", "model.pt"))
     if settings.resume and (started or finished):
         check_same(out, settings, identity)
@@ -486,7 +485,8 @@ def train(settings: Settings) -> Path:
         score, seconds = seen[task.metrics[0]], time.time() - start
         state["log"].append({"phase": phase, "epoch": epoch + 1, "seconds": round(seconds, 1),
                              name: seen})
-        starts = phase == 1 and settings.has_gates and 0 < gates_epoch == epoch
+        first = int(settings.penalty_start * settings.epochs1)      # epoch with gates
+        starts = phase == 1 and settings.has_gates and 0 < first == epoch
         say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
             f"{task.metrics[0]} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
             f"({seconds:.0f} s)" + ", the gates begin to learn" * starts)

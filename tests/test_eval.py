@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from eval import OperatingPoint, Row, at_cost, choose, cut, never, trace
 from results import study
-from smartbert import entropy, entropy_below, infer
+from smartbert import auxiliary_flops, entropy, entropy_below, infer, layer_flops
 from data import UserError
 
 
@@ -237,7 +237,7 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
 
 @torch.no_grad()
 def test_trace_tells_what_happened():
-    """Each layer's line against the outcome; the last share is what the cost function says."""
+    """Each layer's line against the outcome, its share against a loop over gates, layers, heads."""
     model, seen = tiny_model(), set()
     ids, segment_ids, mask = tiny_batch()
     for r in range(9):
@@ -267,11 +267,17 @@ def test_trace_tells_what_happened():
             seen.add(what)
         assert f"{outcome.ran.sum()} of 5 layers run" in answer
         assert ("no", "maybe", "yes")[outcome.logits[0].argmax()] in answer
-        last = [line for line in lines if "%" in line][-1]
-        share = evaluation.flops(model, torch.tensor([S]), outcome) / evaluation.plain_flops(
-            model, torch.tensor([S])
-        )
-        assert last.split()[-1] == f"{share.item():.1%}"
+        tokens, spent = torch.tensor([S]), 0  # layer by layer, as a loop counts it
+        for i, line in enumerate(lines):
+            if not outcome.gates[0, i].isnan():
+                spent += auxiliary_flops(model.gates[i], tokens).item()
+            if outcome.ran[0, i]:
+                spent += layer_flops(model, tokens).item()
+            if not outcome.history[0, i, 0].isnan():
+                spent += auxiliary_flops(model.heads[i], tokens).item()
+            if "not reached" not in line:
+                share = spent / evaluation.plain_flops(model, tokens).item()
+                assert line.split()[-1] == f"{share:.1%}"
         assert all(
             f"{entropy(h):.3f}" in line
             for h, line in zip(outcome.history[0], lines)
