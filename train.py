@@ -126,6 +126,7 @@ RECIPES = {
                  penalty_full=0.7),
     "sst2": dict(epochs1=3, epochs2=1, penalty_start=0.25),
     "mrpc": dict(batch_size=16, budget=0.5),
+    "qnli": dict(batch_size=16, budget=0.5),
     "mnli": dict(batch_size=16, epochs1=3, epochs2=1, penalty_start=0.25, budget=0.5),
     "rte": dict(lr=5e-5, batch_size=16, epochs1=8, budget=0.5, lr_gates=3e-4, penalty_start=0.4,
                 penalty_full=0.7),

@@ -22,11 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import UserError
 from eval import MAX_DROP, MODES, Row, at_cost, choose
-from train import NOT_IN_RESULT, SMARTBERT_ONLY, Settings
-
-# Settings of older files under their present names.
-FORMER_NAMES = {"push_start": "penalty_start", "push_full": "penalty_full"}
-
+from train import NOT_IN_RESULT, RECIPES, RELEASE, SMARTBERT_ONLY, Settings
 
 # Colour and style of a curve: method and mode.
 LOOKS = {("smartbert", "both"): ("#0072B2", "-"), ("smartbert", "exit"): ("#E69F00", "--"),
@@ -67,9 +63,9 @@ def read_result(path: Path) -> Result:
             curves.setdefault(mode, []).append((flops, score))
         usual = {name: value for name, value in vars(Settings()).items()
                  if name not in NOT_IN_RESULT}          # of settings that the file does not know
-        settings = usual | {FORMER_NAMES.get(name, name): value
-                            for name, value in result["settings"].items()}
+        settings = usual | result["settings"]
         data = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
+        data += f" ({settings['limit']} rows)" if settings["limit"] else ""
         kind = (data, settings["weights"] or "", settings["method"])
         return Result(kind, settings, rows, curves)
     except OSError as error:
@@ -95,13 +91,18 @@ def read_study(paths: list[str], max_drop: float = MAX_DROP,
         if not any(row.chosen for row in result.rows):
             raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; "
                             f"leave it out")
-        # A run is named by its settings that differ from most of its kind and recipe.
-        recipe = result.settings["recipe"]
+        # A run is named by its settings that differ from its task's recipe, or where no run of its
+        # kind has the recipe's value, from most of its kind.
+        recipe, task = result.settings["recipe"], result.settings["task"]
         alike = [other.settings for other in results
                  if other.kind == result.kind and other.settings["recipe"] == recipe]
         differ = "" if recipe == "ours" else f" recipe={recipe}"
+        defaults = vars(Settings(**(RECIPES.get(task, {}) if recipe == "ours" else RELEASE)))
         for name, value in result.settings.items():
-            usual = statistics.mode(sorted((other.get(name) for other in alike), key=bool))
+            values = [other.get(name) for other in alike]
+            usual = defaults.get(name, False)           # from_run: False
+            if usual not in values:
+                usual = statistics.mode(values)
             foreign = result.kind[2] != "smartbert" and name in SMARTBERT_ONLY
             if name not in ("seed", "bf16") and not foreign and value != usual:
                 differ += f" {name}={value}"

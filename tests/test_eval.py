@@ -387,7 +387,7 @@ def test_the_shipped_results_are_whole():
     """Every run in results/ takes part in the summary, and every toy figure of the README's table
     stands in its file."""
     folder = Path(__file__).parent.parent / "results"
-    for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("earlier/*.json")):
+    for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("former/*.json")):
         assert paths and len(study.summary(study.read_study(paths)).splitlines()) > len(paths)
     rows = json.loads((folder / "toy-50.json").read_text())["rows"]
     printed = (
