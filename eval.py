@@ -495,6 +495,9 @@ def main(arguments: list[str] | None = None) -> None:
             (look_inside if looks else evaluate)(asked, settings, model)
     except BrokenPipeError:                             # its reader has read enough: | head
         sys.stdout = None
+    except torch.cuda.OutOfMemoryError:
+        print("eval.py: the GPU's memory is too small: take --device cpu", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,11 +6,12 @@ layer and decides whether this example runs it. An *exit head* reads what leaves
 decides whether the answer is already certain.
 
 "Release" means the authors' code (github HuBoren99/SmartBert); SmartBert.py:98 is line 98 of its
-models/SmartBert.py. "Deviation 12" is number 12 of the README's list.
+models/SmartBert.py. "Deviation 12" is number 12 of the list in results/README.md.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
 C classes, N rows of a pool (all examples of one call of `infer`), n some of these rows. mask is
-True at real tokens, False at padding.
+True at real tokens, False at padding. Read `global_mean(x, n)` as x; it does more only where
+torchrun shares a batch out among processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +26,9 @@ from bert import Bert, mask_or_none
 
 # --- Skipping gate and exit head ----------------------------------------------------------------
 
-def width(hidden_size: int) -> int:
+def gate_width(hidden_size: int) -> int:
     """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the release. So a gate costs
-    the same share of a layer at any H from 96 on (deviation 12). At least 16: four heads of 4."""
+    about the same share of a layer at any H (deviation 12). At least 16: four heads of 4."""
     return max(16, 8 * round(hidden_size / 48))
 
 
@@ -108,7 +109,7 @@ class SmartBert(nn.Module):
     def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
         super().__init__()
         config = bert.config
-        H, W, L = config.hidden_size, width(config.hidden_size), config.num_hidden_layers
+        H, W, L = config.hidden_size, gate_width(config.hidden_size), config.num_hidden_layers
         dropout = config.attention_probs_dropout_prob
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
@@ -212,9 +213,9 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
     """
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, soft, used = [], [], [], []
-    obeys = torch.ones(len(ids), device=h.device)                           # (B,), 0: run in full
+    obeys_gate = torch.ones(len(ids), device=h.device)                      # (B,), 0: run in full
     if full_share:
-        obeys = (torch.rand(len(ids), device=h.device) >= full_share).float()
+        obeys_gate = (torch.rand(len(ids), device=h.device) >= full_share).float()
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         output = layer(h, m)                                                # (B, S, H)
         g_soft = gate(h, m)                                                 # (B,)
@@ -223,7 +224,7 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
         outputs.append(output)
         soft.append(g_soft)
         used.append(g)
-        g = (g * obeys)[:, None, None]                                      # (B, 1, 1)
+        g = (g * obeys_gate)[:, None, None]                                 # (B, 1, 1)
         h = (1 - g) * output + g * h
     return inputs, outputs, h, torch.stack(soft, 1), torch.stack(used, 1)
 
@@ -247,7 +248,7 @@ def skip_penalty(soft: Tensor, used: Tensor, lam: float = 0.0, budget: float = 1
 @dataclass
 class Phase1:
     """Phase 1's loss and its parts (scalars); run (B, L): 1 - g after the hard weight. Rows that
-    run in full (full_share) count as their gates say."""
+    run in full (full_share) still count with the values of their gates."""
     loss: Tensor
     task: Tensor
     penalty: Tensor
@@ -284,7 +285,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 *, eta2: float = 0.05, tau2: float = 0.55, full_share: float = 0.0) -> Tensor:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    (SmartBert.py:125-154; README, deviations 2, 3, 5.) i runs over heads 1 .. L-1, and
+    (SmartBert.py:125-154; deviations 2, 3, 5.) CE: i = 1 .. L-1; contrast: i = 1 .. L-2.
     u_i = project_i(z_i), where z_i are the tokens after head i's own W_in. Only these heads are
     trained; the encoder, the gates and the last head are frozen. The hidden states follow the hard
     gates, but head i always reads layer_i(h_{i-1}), even where the gate skips layer i.
@@ -354,9 +355,9 @@ def pabee_loss(model: SmartBert, inputs: tuple, labels: Tensor) -> Tensor:
 
 
 def berxit_loss(model: SmartBert, inputs: tuple, labels: Tensor, step: int) -> Tensor:
-    """CE_L in even steps, sum_i CE_i in odd ones: one stage in which the other heads disturb the
-    last one less (BERxiT, Xin et al. 2021; castorini/berxit, modeling_highway_bert.py, strategy
-    "alternate"). step: from 0."""
+    """CE_L in even steps, sum_i CE_i in odd ones: one stage, in which alternating keeps the other
+    heads from disturbing the last one (BERxiT, Xin et al. 2021; castorini/berxit,
+    modeling_highway_bert.py, strategy "alternate"). step: from 0."""
     if step % 2 == 0:
         return bert_loss(model, inputs, labels)
     return sum(F.cross_entropy(logits, labels) for logits in every_head(model, inputs))
@@ -380,7 +381,8 @@ def kept_layers(depth: int, L: int) -> list[int]:
     return [i for i in range(L) if (i + 1) * depth // L > i * depth // L]
 
 
-# The loss of each stage. Stages after the first train the heads 1 .. L-1 alone.
+# The loss of each stage; see train.StepLoss, which gives SmartBERT's and BERxiT's more arguments.
+# Stages after the first train the heads 1 .. L-1 alone.
 METHODS = {"smartbert": (phase1_loss, phase2_loss), "bert": (bert_loss,),
            "deebert": (bert_loss, deebert_loss), "fastbert": (bert_loss, fastbert_loss),
            "pabee": (pabee_loss,), "berxit": (berxit_loss,), "layerdrop": (layerdrop_loss,)}
@@ -469,14 +471,14 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     """
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     ran = torch.zeros(N, L, dtype=torch.bool, device=device)
-    exits = torch.full((N,), L, device=device)
+    exits = torch.full((N,), L, device=device)              # L also while a row has not exited
     gates = torch.full((N, L), torch.nan, device=device)
     history = torch.full((N, L, C), torch.nan, device=device)
     # zeros, not empty: a row is later read beside longer ones, and 0 * NaN is NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 32768
+        batch_tokens = 1024 if device.type == "cpu" else 32768      # fills a CPU's cache, a GPU
     waiting = torch.arange(N, device=device)
     for rows, s, _ in full_batches(waiting, mask, batch_tokens):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
@@ -546,15 +548,15 @@ def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
 # --- Several processes --------------------------------------------------------------------------
 
 def global_mean(mean: Tensor, count: int | Tensor) -> Tensor:
-    """The mean over a batch that torchrun has shared out among processes. mean: that over the
-    `count` rows or tokens of this process. In a single process it is returned as it is.
+    """The mean over a batch that torchrun has shared out among processes. mean: that of this
+    process, over `count` rows or tokens. Without torchrun it is returned as it is.
 
-    Its value is the same everywhere. Its gradient is that of this process' part, times the number
+    Its value is the same everywhere. Its gradient is that of this process's part, times the number
     of processes, because DistributedDataParallel divides by it when it averages the gradients.
     """
     if not distributed.is_initialized():
         return mean
-    mean, count = mean.float(), torch.as_tensor(count, device=mean.device)  # bf16 counts to 256
+    mean, count = mean.float(), torch.as_tensor(count, device=mean.device)  # bf16: exact to 256
     sums = torch.cat([(mean.detach() * count).view(-1), count.float().view(1)])
     distributed.all_reduce(sums)
     part = mean * (distributed.get_world_size() * count / sums[-1])

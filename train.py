@@ -16,6 +16,7 @@ until then checkpoint.pt. Functions raise UserError for errors that the user can
 
 import argparse
 import copy
+import errno
 import json
 import math
 import os
@@ -92,7 +93,7 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-3, 1e9)
     dropout: float = flag(0.1, "of hidden states and attention", 0, 0.99)
     max_length: int = flag(128, "tokens of an example; longer ones are cut", 8, 1_000_000)
-    held_out: float = flag(0.1, "share of the training set kept back to select by", 0, 0.99)
+    held_out: float = flag(0.1, "share of the training set that selects epoch, threshold", 0, 0.99)
     limit: int | None = flag(None, "use only the first N training examples", 1, 1e9)
     seed: int = flag(50, "of weights, order, dropout and the held-out rows", 0, 1e9)
     # the paper's ablations
@@ -173,20 +174,21 @@ def pick_device(name: str) -> torch.device:
 
 def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: Task) -> SmartBert:
     """A SmartBert around the weights in a folder (a finished run of the same task gives its last
-    head too), or around a small fresh encoder for the toy. vocabulary: the tokenizer's words."""
+    head too), or around a small fresh encoder for the toy. vocabulary: the number of words of the
+    tokenizer."""
     dropout = {"hidden_dropout_prob": settings.dropout,
                "attention_probs_dropout_prob": settings.dropout}
-    former = None
+    former_model = None
     if folder is None:
-        # With BERT's deviation of 0.02 so narrow a model stays at chance; 1 / sqrt(H) trains.
-        # The inner layer is narrow too, or one layer learns both of the toy's steps by heart.
+        # A model this narrow stays at chance with BERT's std of 0.02; 1 / sqrt(H) trains. The
+        # inner layer is narrow too: a wide one learns two swaps by heart, and depth is not needed.
         bert = Bert(BertConfig(vocab_size=vocabulary, hidden_size=64, num_hidden_layers=6,
                                num_attention_heads=4, intermediate_size=128,
                                max_position_embeddings=128, initializer_range=64**-0.5, **dropout))
     elif is_run(folder):
-        made, former = load_run(folder, torch.device("cpu"))
-        bert = Bert(replace(former.bert.config, **dropout))
-        bert.load_state_dict(former.bert.state_dict())
+        former, former_model = load_run(folder, torch.device("cpu"))
+        bert = Bert(replace(former_model.bert.config, **dropout))
+        bert.load_state_dict(former_model.bert.state_dict())
     else:
         try:
             bert = load_bert(folder, **dropout)
@@ -208,8 +210,8 @@ def build_model(settings: Settings, folder: Path | None, vocabulary: int, task: 
     # No skipping: gates that start at g = sigmoid(-30), about 0, and are not trained.
     bias = -30.0 if settings.no_skipping else settings.gate_bias
     model = SmartBert(bert, len(task.labels), bias)
-    if former and made.task == task.name:
-        model.heads[-1].load_state_dict(former.heads[-1].state_dict())
+    if former_model and former.task == task.name:
+        model.heads[-1].load_state_dict(former_model.heads[-1].state_dict())
     return model
 
 
@@ -225,14 +227,14 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
 
 def set_up(settings: Settings) -> tuple:
     """What a run starts from: model, tokenizer, the encoded training set, the encoded split that
-    judges epochs and its name, what identifies the data, and how many epochs of phase 1 may be
-    left out, because a plain BERT has done them. Completes the settings."""
+    judges epochs and its name, what identifies the data, and how many epochs of phase 1 are left
+    out, because a plain BERT has done them. Completes the settings."""
     device, task = pick_device(settings.device), data.find_task(settings.task)
-    if task.name == "toy":  # its tensors are tiny: a second thread would only cost time
-        torch.set_num_threads(1)
-    elif not settings.weights:
+    if not settings.weights and task.name != "toy":
         settings.weights = DEFAULT_WEIGHTS
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
+    if not folder:          # the toy's encoder is tiny: a second thread would only cost time
+        torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     splits = data.load_task(task.name, settings.data_dir, settings.cache)
     training, validation, identity = split_training_set(splits["train"], settings)
@@ -249,7 +251,7 @@ def set_up(settings: Settings) -> tuple:
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
     rank, _ = processes()
-    if rank:                                            # other dropout than the first process has
+    if rank:                                            # so that each draws its own dropout
         torch.manual_seed(settings.seed + rank)
     if settings.lr is None:
         settings.lr = 1e-4 if model.bert.config.hidden_size <= 384 else 3e-5
@@ -262,7 +264,7 @@ def make_optimizer(model: SmartBert, settings: Settings, phase: int) -> torch.op
     """AdamW over what the phase trains; everything else is frozen.
 
     The release gives it every parameter in both phases, even the frozen ones (main.py:80-88;
-    README, deviation 6).
+    deviation 6).
     """
     model.requires_grad_(False)
     if phase == 2:
@@ -310,8 +312,7 @@ def predict(model: SmartBert, batches: list[Batch], skip: bool, criterion: Crite
 
 def penalty_now(settings: Settings, progress: float) -> dict:
     """The skip penalty at this point of phase 1 (progress 0..1): the paper's lambda, or a budget
-    that starts as "all layers" and tightens once the task is being learned (README, deviation
-    11)."""
+    that starts as "all layers" and tightens once the task is being learned (deviation 11)."""
     if settings.no_skipping or progress < settings.penalty_start:
         return {}
     if settings.lam is not None:
@@ -327,10 +328,7 @@ def set_rates(optimizer: torch.optim.Optimizer, settings: Settings, step: int, s
     because its own would be 0."""
     gates = any(group["gates"] for group in optimizer.param_groups)
     start = math.ceil(settings.penalty_start * steps) if gates else 0   # of the second round
-    if step < start:
-        done, length = step, start
-    else:
-        done, length = step - start, steps - start
+    done, length = (step, start) if step < start else (step - start, steps - start)
     rising = max(done, 1) / max(settings.warmup * length, 1e-9)
     falling = (length - done) / ((1 - settings.warmup) * length)
     for group in optimizer.param_groups:
@@ -394,7 +392,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
-        optimizer.zero_grad()                       # here: no memory for gradients between steps
+        optimizer.zero_grad()       # called here so that gradients take no memory between steps
         recent.append({name: value.detach() for name, value in parts.items()})
         if len(recent) == 20 or step + 1 == len(order):
             log.append({"phase": phase, "epoch": epoch + 1, "step": step + 1})
@@ -404,7 +402,8 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {step + 1} of phase {phase}, epoch "
-                                f"{epoch + 1}: start over with a lower --lr or --lr-new")
+                                f"{epoch + 1}: start over (--overwrite) with a lower --lr or "
+                                f"--lr-new")
     return log
 
 
@@ -428,7 +427,8 @@ def merit(settings: Settings, epoch: int, score: float, share: float) -> tuple:
     score counts only where the rest is equal. A budget counts as met up to 10 % above it; with
     lambda there is no budget to meet."""
     free, by_budget = not settings.has_gates, settings.lam is None
-    hard = free or settings.soft_gates or epoch >= settings.soft_epochs     # as gates are used
+    # whether this epoch had the gates that the last one has (hard ones, but for --soft-gates)
+    hard = free or settings.soft_gates or epoch >= settings.soft_epochs
     met = free or (by_budget and share <= 1.1 * settings.budget)
     start = max(settings.penalty_start, settings.penalty_full if by_budget else 0)
     full_penalty = (epoch + 1) / settings.epochs1 > start
@@ -458,7 +458,7 @@ def train(settings: Settings) -> Path:
         check_same(out, settings, identity)
     else:
         if world > 1:
-            distributed.barrier()                       # all have looked at the folder
+            distributed.barrier()               # wait until all have looked at the folder
         if rank == 0:
             start_over(out, settings, identity, tokenizer)
         started = finished = False
@@ -473,8 +473,9 @@ def train(settings: Settings) -> Path:
         say(f"resuming {out} after {state['done']} of {len(schedule)} epochs")
 
     for phase, epoch in schedule[state["done"]:]:
-        if phase == 2 and epoch == 0 and state["best_model"]:
+        if phase == 2 and state["best_model"]:
             model.load_state_dict(state["best_model"])
+            state["best_model"] = None
         if epoch == 0:
             optimizer = make_optimizer(model, settings, phase)
         start = time.time()
@@ -498,7 +499,7 @@ def train(settings: Settings) -> Path:
         state["done"] += 1
         save_checkpoint(out, model, optimizer, state)
 
-    if schedule[-1][0] == 1 and state["best_model"]:    # none where another run did phase 1
+    if state["best_model"]:                             # there was no phase 2
         model.load_state_dict(state["best_model"])
     if rank == 0:
         save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
@@ -529,7 +530,8 @@ def read_settings(folder: Path) -> Settings:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether train.py made this folder: it has settings, and weights or settings to be read."""
+    """Whether train.py made this folder: it has settings.json, and either weights, too, or
+    settings that can be read."""
     if any((folder / name).is_file() for name in ("model.pt", "checkpoint.pt")):
         return (folder / "settings.json").is_file()
     try:
@@ -600,13 +602,18 @@ def check_data(folder: Path, identity: dict) -> None:
 
 def save(path: Path, **content) -> None:
     """Write a .pt file whole or not at all."""
-    data.atomic_write(path, lambda file: torch.save({"version": VERSION, **content}, file))
+    def write(file) -> None:
+        try:
+            torch.save({"version": VERSION, **content}, file)
+        except RuntimeError:                            # what torch makes of a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    data.atomic_write(path, write)
 
 
 def load_file(path: Path) -> dict:
     """A .pt file that train.py wrote."""
     try:
-        stopped = (path.parent / "checkpoint.pt").is_file() and path.name == "model.pt"
+        stopped = not path.is_file() and (path.parent / "checkpoint.pt").is_file()
         content = read_torch_file(path, "let train.py finish the run with --resume" if stopped
                                   else "train again with --overwrite")
     except ValueError as error:
@@ -631,10 +638,11 @@ def load_run(folder: str | Path, device: torch.device) -> tuple[Settings, SmartB
 
 def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimizer,
                     state: dict) -> None:
-    """The log, and all that a run needs to continue. state: the epochs done (of both phases), the
-    best of phase 1 and its weights, the log. The first process writes for all."""
+    """Write log.jsonl and checkpoint.pt, which holds all that a run needs to continue. state: the
+    epochs done (of both phases), the best of phase 1 and, until phase 2, its weights, the log. The
+    first process writes for all."""
     rank, world = processes()
-    random = [(torch.get_rng_state(), torch.cuda.get_rng_state_all())] * world
+    random = [[source.get_rng_state() for source in random_sources(model)]] * world
     if world > 1:
         distributed.all_gather_object(random, random[0])
     if rank == 0:
@@ -642,6 +650,13 @@ def save_checkpoint(out: Path, model: SmartBert, optimizer: torch.optim.Optimize
         data.atomic_write(out / "log.jsonl", lambda file: file.write(lines.encode()))
         save(out / "checkpoint.pt", state=state, model=model.state_dict(), random=random,
              optimizer=optimizer.state_dict())
+
+
+def random_sources(model: SmartBert) -> list:
+    """Where dropout takes its random numbers from: the CPU and the model's GPU (torch.cuda or
+    torch.mps)."""
+    kind = next(model.parameters()).device.type
+    return [torch] + [getattr(torch, kind)] * (kind != "cpu")
 
 
 def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: list) -> tuple:
@@ -655,12 +670,12 @@ def load_checkpoint(out: Path, model: SmartBert, settings: Settings, schedule: l
         random, (rank, world) = checkpoint["random"], processes()
         if len(random) != world:
             raise ValueError
-        torch.set_rng_state(random[rank][0])
-        torch.cuda.set_rng_state_all(random[rank][1])   # [] without a GPU
+        for source, random_state in zip(random_sources(model), random[rank], strict=True):
+            source.set_rng_state(random_state)
         return state, optimizer
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError):
         raise UserError(f"{out}/checkpoint.pt is damaged, or of another version, other weights, "
-                        f"other GPUs or another number of processes: start over with --overwrite")
+                        f"another device or number of processes: start over with --overwrite")
 
 
 def of_result(settings: Settings) -> dict:
@@ -672,7 +687,7 @@ def of_result(settings: Settings) -> dict:
 # --- From the command line ----------------------------------------------------------------------
 
 def join_processes() -> None:
-    """Meet the other processes where torchrun started this one (it sets these variables)."""
+    """Join the process group if torchrun started this process (it sets LOCAL_RANK)."""
     if "LOCAL_RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
@@ -703,12 +718,12 @@ def say(text: str, file=None) -> None:
         if processes()[0] == 0:
             print(text, file=file, flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        setattr(sys, "stdout" if file is None else "stderr", open(os.devnull, "w"))
 
 
 def parse(arguments: list[str] | None) -> Settings:
     """The settings from the command line, over the task's recipe, over the defaults."""
-    first = argparse.ArgumentParser(add_help=False)     # for what decides on the defaults
+    first = argparse.ArgumentParser(add_help=False)     # --task and --recipe decide the defaults
     first.add_argument("--task", default="toy")
     first.add_argument("--recipe")
     known = first.parse_known_args(arguments)[0]
@@ -727,8 +742,10 @@ def parse(arguments: list[str] | None) -> Settings:
             parser.add_argument(name, type=kind, help=help + default)
     given = vars(parser.parse_args(arguments))
     settings = Settings(**recipe | given)
-    if "budget" in given and "lam" not in given:        # --recipe release has a lambda
+    if "budget" in given:                               # --recipe release has a lambda
         settings.lam = None
+    if {"budget", "lam"} <= given.keys():
+        raise UserError("--lam is the paper's penalty, --budget ours: give one of them")
     if settings.resume and settings.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
     foreign = set() if settings.method == "smartbert" else SMARTBERT_ONLY & given.keys()
@@ -749,9 +766,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("train.py: the GPU's memory is too small: lower --batch-size or --max-length",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the same command with --resume continues after the last whole "
-              "epoch", file=sys.stderr)
+        print("\ntrain.py: stopped; the same command with --resume, without --overwrite, "
+              "continues after the last whole epoch", file=sys.stderr)
         sys.exit(130)
     finally:
         if distributed.is_initialized():

@@ -22,6 +22,7 @@ from smartbert import (
     first_correct,
     fixed_layer,
     flops,
+    gate_width,
     gated_forward,
     hard_weight,
     infer,
@@ -33,7 +34,6 @@ from smartbert import (
     plain_flops,
     probability_above,
     skip_penalty,
-    width,
 )
 
 
@@ -212,7 +212,7 @@ def test_only_the_cls_query_is_needed():
 
 
 def test_width_is_a_sixth():
-    assert [width(H) for H in (768, 512, 384, 256, 128)] == [128, 88, 64, 40, 24]
+    assert [gate_width(H) for H in (768, 512, 384, 256, 128)] == [128, 88, 64, 40, 24]
 
 
 def test_hard_weight_is_exact_forward_and_soft_backward():

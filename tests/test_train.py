@@ -229,11 +229,39 @@ def test_bad_input_of_training(tmp_path, refused):
         (["--max-length", "4000"], ["4000", "128"]),
         (["--max-length", "3"], ["3"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--lam", "0.04", "--budget", "0.5"], ["--lam", "--budget", "one of them"]),
     ):
         refused(train.main, [*arguments, "--out", "run"], *words)
     if not torch.cuda.is_available():
         refused(train.main, ["--device", "cuda", "--out", "run"], "cuda")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_costs_no_file(finished, tmp_path, refused):
+    """A limit on the size of files acts as a full disk: one line, nothing is half-written, and the
+    run started over ends at the weights of one that was never stopped."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        refused(train.main, [*SMALL, "--out", out], "checkpoint.pt", "make room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.glob("*.tmp")) and not (out / "checkpoint.pt").exists()
+    train.main([*SMALL, "--out", str(out), "--overwrite"])
+    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(finished).values()))
+
+
+def test_a_gpu_that_is_too_small(monkeypatch, finished, refused):
+    """It ends with one line that names the settings to lower."""
+
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(train, "train_epoch", full)
+    monkeypatch.setattr(evaluation, "evaluate", full)
+    refused(train.main, [*SMALL, "--out", "run"], "--batch-size", "--max-length")
+    refused(evaluation.main, [finished], "--device cpu")
 
 
 def test_a_loss_that_explodes_is_no_run(tmp_path, refused):

@@ -16,7 +16,7 @@ import data
 import train
 from bert import Bert, BertConfig, Layer
 from data import Split
-from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss, width
+from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss, gate_width
 from train import Settings
 
 
@@ -449,4 +449,4 @@ def test_fresh_parts_start_at_the_scale_of_what_comes_in():
     assert {m.eps for m in model.bert.modules() if isinstance(m, nn.LayerNorm)} == {0.25}
     biases = [m.bias for m in model.bert.modules() if isinstance(m, nn.Linear)]
     assert not any(bias.any() for bias in biases)
-    assert [width(H) for H in (8, 48, 96, 128)] == [16, 16, 16, 24]
+    assert [gate_width(H) for H in (8, 48, 96, 128)] == [16, 16, 16, 24]
