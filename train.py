@@ -232,11 +232,11 @@ def set_up(settings: Settings) -> tuple:
     device, task = pick_device(settings.device), data.find_task(settings.task)
     if not settings.weights and task.name != "toy":
         settings.weights = DEFAULT_WEIGHTS
+    splits = data.load_task(task.name, settings.data_dir, settings.cache)   # before the large file
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
     if not folder:          # the toy's encoder is tiny: a second thread would only cost time
         torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
-    splits = data.load_task(task.name, settings.data_dir, settings.cache)
     training, validation, identity = split_training_set(splits["train"], settings)
     name, done = "held-out", 0
     if not validation:

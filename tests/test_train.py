@@ -219,7 +219,8 @@ def test_bad_input_of_training(tmp_path, refused):
     """Each with one line and status 2, and no folder left behind."""
     for arguments, words in (
         (["--task", "sst-2"], ["unknown task", "sst2"]),
-        (["--task", "rte", "--weights", "bert-huge"], ["bert-huge"]),
+        (["--weights", "bert-huge"], ["bert-huge"]),
+        (["--task", "rte", "--data-dir", "nowhere"], ["nowhere"]),  # before weights are fetched
         (["--method", "magic"], ["magic", "smartbert"]),
         (["--epochs1", "0"], ["epochs1", "from 1"]),
         (["--budget", "2"], ["budget", "2", "to 1"]),
