@@ -565,10 +565,6 @@ def find_folder(settings: Settings) -> Path:
 def start_over(out: Path, settings: Settings, identity: dict,
                tokenizer: BertWordPieceTokenizer) -> None:
     """Make the folder of a new run; delete a run that is there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder")
     pictures = [f"{name}.png" for name in "score criteria layers examples training".split()]
     for pattern in ["checkpoint.pt", "model.pt", "log.jsonl", "eval*.json", *pictures]:
         for stale in out.glob(pattern):

@@ -400,7 +400,7 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
     refused(evaluation.main, [finished, "--trace", "x", "--target-speedup", "2"], "--thresholds")
     refused(study.main, ["x"], "x cannot be read")
     (tmp_path / "file").touch()
-    refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "--out", "another folder")
+    refused(train.main, [*SMALL, "--out", tmp_path / "file" / "run"], "file/run", "change folder")
     torch.save(torch.load(finished / "model.pt", weights_only=True), copy / "model.pt")
     for content in ("[]", "{}", "{"):
         (copy / "settings.json").write_text(content)
