@@ -208,7 +208,8 @@ def own_examples(task: Task, texts: list[str] | None, path: str | None) -> Split
     advice = "name a file with a sentence a line, or - for stdin"
     lines = ["\t".join(texts)] if texts else read_lines(Path(path), advice)
     pair, examples = task.columns[1] is not None, []
-    wanted = "two sentences, in a file with a tab between them" if pair else "one sentence"
+    wanted = "two sentences" if pair else "one sentence"
+    wanted += ", each in quotes" if texts else " with a tab between them" * pair
     for number, line in enumerate(lines, 1):
         parts = line.split("\t")
         if len(parts) != 1 + pair or not all(part.strip() for part in parts):

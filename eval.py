@@ -220,17 +220,19 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
     """Mark the cheapest point of each mode that loses at most max_drop points of held-out score
     against the same mode without exits; if none does, that of the best held-out score. With a
     target speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest.
-    Mark none where nothing was held out or no score is above 0."""
-    if any(p.held_out is None for p in points) or max(p.held_out for p in points) <= 0:
+    Mark none where nothing was held out, or where that mode without exits scores 0 or less."""
+    if any(point.held_out is None for point in points):
         return
     without = {point.mode: point.held_out for point in points if point.threshold is None}
     for mode in dict.fromkeys(point.mode for point in points):
         alike = sorted([p for p in points if p.mode == mode], key=lambda p: p.held_out_flops)
+        reference = without["skip" if mode == "both" else "plain"]
+        if reference <= 0:
+            continue
         if speedup:
             chosen = next((p for p in alike[::-1] if p.held_out_flops <= 1 / speedup), alike[0])
         else:
-            floor = without["skip" if mode == "both" else "plain"] - max_drop / 100
-            good = [point for point in alike if point.held_out >= floor]
+            good = [p for p in alike if p.held_out >= reference - max_drop / 100]
             chosen = good[0] if good else max(alike, key=lambda point: point.held_out)
         for point in alike:
             point.chosen = point is chosen
@@ -284,8 +286,8 @@ def warnings(rows: list[Row], majority: float, speedup: float | None = None) -> 
             found.append(f"{row.mode}: no threshold reaches --target-speedup {speedup:g}")
     if early and not any(sum(row.exit_histogram[:-1]) for row in early):
         found.append("no example ever exits early: the thresholds are too strict")
-    if rows[-1].threshold is not None and not any((row.held_out or 0) > 0 for row in rows):
-        found.append("no held-out score is above 0, or nothing was held out: no threshold chosen")
+    if rows[-1].threshold is not None and not any(row.starred for row in rows):
+        found.append("nothing was held out, or no held-out score is above 0: no threshold chosen")
     poor = [str(row) for row in rows if row.score <= majority]
     if poor:
         names = "all rows" if len(poor) == len(rows) else ", ".join(poor)
@@ -372,7 +374,8 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
     # the chosen row of the last mode; plain where none is chosen
     best = next((row for row in reversed(rows) if row.chosen), rows[0])
     note = " (partial data: not the GLUE task)" if split.partial else ""
-    print(f"\n{task.name} {name}{note}: {len(split)} examples, majority class {majority:.3f}\n")
+    print(f"\n{task.name} {name}{note}: {len(split)} examples; always the most frequent label: "
+          f"{majority:.3f}\n")
     print(f"{table(rows, metric, len(model.gates))}\n\n{best}:\n{bars(best)}")
     for warning in warnings(rows, majority, arguments.target_speedup):
         print(f"warning: {warning}")

@@ -234,8 +234,6 @@ def set_up(settings: Settings) -> tuple:
         settings.weights = DEFAULT_WEIGHTS
     splits = data.load_task(task.name, settings.data_dir, settings.cache)   # before the large file
     folder = data.fetch_weights(settings.weights, settings.cache) if settings.weights else None
-    if not folder:          # the toy's encoder is tiny: a second thread would only cost time
-        torch.set_num_threads(1)
     tokenizer = data.load_tokenizer(folder) if folder else data.toy_tokenizer()
     training, validation, identity = split_training_set(splits["train"], settings)
     name, done = "held-out", 0
@@ -250,6 +248,8 @@ def set_up(settings: Settings) -> tuple:
             done = settings.epochs1         # a plain BERT is their phase 1
     torch.manual_seed(settings.seed)
     model = build_model(settings, folder, tokenizer.get_vocab_size(), task).to(device)
+    if model.bert.config.hidden_size <= 64:     # so tiny that a second thread would only cost time
+        torch.set_num_threads(1)
     rank, _ = processes()
     if rank:                                            # so that each draws its own dropout
         torch.manual_seed(settings.seed + rank)
@@ -491,7 +491,7 @@ def train(settings: Settings) -> Path:
         starts = phase == 1 and settings.has_gates and 0 < first == epoch
         say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
             f"{task.metrics[0]} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
-            f"({seconds:.0f} s)" + ", the gates begin to learn" * starts)
+            f"({seconds:.0f} s)" + ", gates begin to learn: scores fall, then recover" * starts)
         if phase == 1:
             new = merit(settings, epoch, score, seen["layers"] / L)
             if state["best"] is None or new >= state["best"]:       # of equal ones the later
@@ -592,8 +592,9 @@ def check_data(folder: Path, identity: dict) -> None:
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged: train again with --overwrite")
     if not same:
-        raise UserError(f"{folder} was trained on another train.tsv, or held out other rows of it:"
-                        f" use the --data-dir, --seed, --limit and --held-out of that run")
+        raise UserError(f"{folder} was trained on another train.tsv, or held out other rows of it,"
+                        f" so that it may have seen what is held out now: use the --data-dir, "
+                        f"--seed, --limit and --held-out of that run")
 
 
 def save(path: Path, **content) -> None:

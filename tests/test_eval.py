@@ -106,12 +106,13 @@ def test_a_target_is_used_up():
     """Of the rows that reach a target speed-up the dearest, whatever its score."""
     rows = [
         row("plain", 0.95, 1.0),
+        row("skip", 0.95, 0.7),
         row("both", 0.900, 0.4, 0.1),
         row("both", 0.904, 0.2, 0.2),
         row("both", 0.70, 0.6, 0.3),
     ]
     choose(rows, 0.5, 2.0)
-    assert [r.threshold for r in rows if r.chosen] == [None, 0.1]
+    assert [r.threshold for r in rows if r.chosen] == [None, None, 0.1]
 
 
 def test_score_at_the_same_cost():
@@ -533,8 +534,9 @@ def test_the_threshold_meets_its_target(finished):
         assert {"threshold", "score", "flops"} < result["curve"][0].keys()
 
 
-def test_nothing_is_chosen_where_every_held_out_score_is_0():
-    rows = [row("plain", 0.0, 1.0), row("exit", 0.0, 0.3, 0.1)]
+def test_nothing_is_chosen_where_the_held_out_score_is_0():
+    """A lucky threshold on a model that learned nothing does not count."""
+    rows = [row("plain", 0.0, 1.0), row("exit", 0.02, 0.3, 0.1), row("exit", 0.0, 0.2, 0.2)]
     choose(rows)
     assert not any(r.chosen for r in rows)
     assert any("no threshold chosen" in line for line in evaluation.warnings(rows, 0.0))
