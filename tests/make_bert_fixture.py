@@ -1,9 +1,12 @@
 """Remakes fixtures/bert.npz: a tiny random Hugging Face BertModel, and its hidden states on a
 padded batch.
 
-A developer's script; needs the package transformers, from the repository's root: python
-tests/make_bert_fixture.py Stores config/* (numbers of config.json), weights/* (Hugging Face's
-names), ids, segment_ids, mask (3, 9), hidden0 .. hidden3.
+A developer's script, which needs the package transformers. From the repository's root:
+
+    python tests/make_bert_fixture.py
+
+Stores config/* (numbers of config.json), weights/* (Hugging Face's names), ids, types (segment
+ids), mask (3, 9), hidden0 .. hidden3.
 """
 
 from pathlib import Path
@@ -37,7 +40,7 @@ with torch.no_grad():
 np.savez_compressed(
     Path(__file__).parent / "fixtures/bert.npz",
     ids=ids,
-    segment_ids=segment_ids,
+    types=segment_ids,
     mask=mask,
     **{f"config/{name}": value for name, value in sizes.items()},
     **{f"weights/{name}": value.numpy() for name, value in model.state_dict().items()},

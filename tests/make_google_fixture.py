@@ -1,7 +1,10 @@
 """Remakes fixtures/google.zip: the BERT of fixtures/bert.npz as Google published its models.
 
-A developer's script; needs the package tensorflow, from the repository's root: python
-tests/make_google_fixture.py The zip holds bert_config.json, vocab.txt and a checkpoint written by
+A developer's script, which needs the package tensorflow. From the repository's root:
+
+    python tests/make_google_fixture.py
+
+The zip holds bert_config.json, vocab.txt and a checkpoint written by
 TensorFlow, with an optimizer's tensors that a reader must leave out.
 """
 

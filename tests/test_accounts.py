@@ -1,12 +1,13 @@
 """Decisions on the very border, every number of a row of the table against examples that go
 through the model one by one, and which row and example is shown."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import save_tiny_weights, tiny_batch, tiny_model
 from test_training import split_of, sst2_run
 from torch import nn
 
@@ -232,3 +233,57 @@ def test_the_bars_are_those_of_the_fullest_mode(tmp_path, capsys, monkeypatch):
     run = sst2_run(tmp_path, "--held-out", "0.4")
     evaluation.main([str(run), "--repeats", "0", "--device", "cpu"])
     assert "bars of both at threshold" in capsys.readouterr().out
+
+
+def test_the_table_and_the_bars_by_hand():
+    """Speed-ups are plain's FLOPs and seconds over the row's."""
+    rows = [row("plain", flops=1., seconds=4.), row("exit", .2, flops=.25, seconds=2.)]
+    heading, plain, exits, *_ = evaluation.table(rows, "f1", 2).splitlines()
+    assert plain.split() == ["plain", "0.700", "2.00", "1.000", "1.00x", "1.00x"]
+    assert exits.split() == ["exit", "0.2", "0.700", "2.00", "0.250", "4.00x", "2.00x"]
+    drawn = evaluation.bars(row("exit", .2, skip_rate=[.25, 0.], exit_histogram=[3, 1], levels=[]))
+    assert drawn.splitlines()[1].split() == ["1", "#" * 5, "25%", "#" * 15, "75%"]
+    drawn = evaluation.bars(row("exit", .2, exit_histogram=[2, 0], levels=[]))
+    assert drawn.splitlines()[2].split() == ["2", "not", "reached"]
+
+
+# --- Whole evaluations --------------------------------------------------------------------------
+
+def test_without_held_out_data_nothing_is_chosen(tmp_path, capsys):
+    run = sst2_run(tmp_path, "--held-out", "0")
+    assert "both selects the epoch and is reported" in capsys.readouterr().err
+    evaluation.main([str(run), "--repeats", "0", "--device", "cpu"])
+    assert "no threshold chosen" in capsys.readouterr().out
+    rows = json.loads((run / "eval.json").read_text())["rows"]
+    assert len(rows) == 18 and not any(each["chosen"] for each in rows)
+
+
+def test_both_dev_sets_of_mnli_are_partial_where_training_was(tmp_path):
+    folder, labels = tmp_path / "MNLI", find_task("mnli").labels
+    folder.mkdir()
+    for name in "train.partial", "dev_matched", "dev_mismatched":
+        lines = [f"a number {i}\tb number {i}\t{labels[i % 3]}" for i in range(30)]
+        text = "\n".join(["sentence1\tsentence2\tgold_label", *lines])
+        (folder / f"{name}.tsv").write_text(text + "\n")
+    run = str(tmp_path / "run")
+    train.main(["--task", "mnli", "--weights", str(save_tiny_weights(tmp_path / "weights")),
+                "--data-dir", str(tmp_path), "--device", "cpu", "--out", run,
+                "--max-length", "12", "--epochs1", "1", "--epochs2", "1"])
+    evaluation.main([run, "--repeats", "0", "--device", "cpu"])
+    for name, split in ("eval", "dev_matched"), ("eval-dev_mismatched", "dev_mismatched"):
+        result = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+        assert (result["split"], result["partial"], result["examples"]) == (split, True, 30)
+
+
+def test_inference_in_bf16(tmp_path):
+    """--bf16 trains and evaluates; pooled answers are those of single examples, within its
+    accuracy."""
+    run = sst2_run(tmp_path, "--bf16")
+    evaluation.main([str(run), "--repeats", "0", "--device", "cpu"])
+    model, (ids, segment_ids, mask) = tiny_model(), tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = infer(model, ids, segment_ids, mask, skip=False).logits
+        for r, length in enumerate(mask.sum(1).tolist()):
+            one, *_ = infer_one(model, ids[r:r + 1, :length], segment_ids[r:r + 1, :length],
+                                -1.0, skip=False)
+            torch.testing.assert_close(logits[r], one[0].float(), rtol=.05, atol=.2)

@@ -24,22 +24,8 @@ from data import UserError
 def finished(tmp_path_factory) -> Path:
     """The folder of a small run of the toy task."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train.main(
-        [
-            "--limit",
-            "200",
-            "--epochs1",
-            "2",
-            "--epochs2",
-            "1",
-            "--batch-size",
-            "16",
-            "--device",
-            "cpu",
-            "--out",
-            str(folder),
-        ]
-    )
+    train.main([*"--limit 200 --epochs1 2 --epochs2 1 --batch-size 16 --device cpu".split(),
+                "--out", str(folder)])
     return folder
 
 
@@ -126,18 +112,7 @@ def test_score_at_the_same_cost():
 def test_threshold_is_chosen_on_held_out_data(finished, capsys):
     """The marked rows are those that `choose` takes by held-out scores computed here anew; dev has
     no say."""
-    ask = [
-        str(finished),
-        "--thresholds",
-        "0.3",
-        "0.6",
-        "0.68",
-        "--repeats",
-        "0",
-        "--device",
-        "cpu",
-        "--criteria",
-    ]
+    ask = [str(finished), *"--thresholds 0.3 0.6 0.68 --repeats 0 --device cpu --criteria".split()]
     evaluation.main(ask + ["--target-speedup", "2"])
     assert "no criterion scores higher" in capsys.readouterr().out
     result = json.loads((finished / "eval.json").read_text())
@@ -185,19 +160,8 @@ def test_threshold_is_chosen_on_held_out_data(finished, capsys):
 
 
 def test_a_target_out_of_reach_is_said(finished, capsys):
-    evaluation.main(
-        [
-            str(finished),
-            "--thresholds",
-            "0.3",
-            "--repeats",
-            "0",
-            "--device",
-            "cpu",
-            "--target-speedup",
-            "99",
-        ]
-    )
+    ask = "--thresholds 0.3 --repeats 0 --device cpu --target-speedup 99"
+    evaluation.main([str(finished), *ask.split()])
     assert "no threshold reaches --target-speedup 99" in capsys.readouterr().out
 
 
@@ -238,7 +202,7 @@ def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
 
 @torch.no_grad()
 def test_trace_tells_what_happened():
-    """Each layer's line against the outcome, its share against a loop over gates, layers, heads."""
+    """Each layer's line against the outcome, its share against a loop over all parts."""
     model, seen = tiny_model(), set()
     ids, segment_ids, mask = tiny_batch()
     for r in range(9):
@@ -389,7 +353,10 @@ def test_the_shipped_results_are_whole():
     stands in its file."""
     folder = Path(__file__).parent.parent / "results"
     for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("former/*.json")):
-        assert paths and len(study.summary(study.read_study(paths)).splitlines()) > len(paths)
+        table = study.summary(study.read_study(paths)).splitlines()[1:-1]
+        seeds = [int(words[words.index("plain") + 1]) for words in map(str.split, table)
+                 if "plain" in words]                       # every run has that row
+        assert paths and sum(seeds) == len(paths)
     rows = json.loads((folder / "toy-50.json").read_text())["rows"]
     printed = (
         (folder.parent / "README.md")
@@ -418,23 +385,13 @@ def test_the_shipped_results_are_whole():
 def test_pictures(finished, capsys):
     """Where matplotlib is installed: five PNG files; where not: one line that says how to get
     it."""
-    ask = [
-        str(finished),
-        "--plot",
-        "--criteria",
-        "--repeats",
-        "0",
-        "--thresholds",
-        "0.2",
-        "0.5",
-        "--device",
-        "cpu",
-    ]
+    ask = "--plot --criteria --repeats 0 --thresholds 0.2 0.5 --device cpu"
+    ask = [str(finished), *ask.split()]
     if importlib.util.find_spec("matplotlib") is None:
         with pytest.raises(SystemExit) as stop:
             evaluation.main(ask)
         assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-        return
+        pytest.skip("matplotlib is not installed: the message is tested, the pictures are not")
     evaluation.main(ask)
     for name in ("score", "layers", "examples", "training", "criteria"):
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -490,39 +447,11 @@ def test_a_cut_walk_is_what_inference_gives(gates):
     assert min(left) < 3  # or this test would show little
 
 
-@pytest.mark.parametrize("mode", ["exit", "both"])
-def test_a_cut_walk_on_a_trained_run(finished, mode):
-    """On the toy's dev set, at several thresholds, in whole pools."""
-    _, model = train.load_run(finished, torch.device("cpu"))
-    dev = data.encode(data.load_tokenizer(finished), data.load_task("toy")["dev"])
-    walked = evaluation.walk(model, dev, [OperatingPoint(mode, 0.5)])[mode == "both"]
-    for threshold in (0.2, 0.5, 0.65, 0.69):
-        theirs = train.predict(model, train.pools(dev), mode == "both", entropy_below(threshold))
-        ours = cut(walked, entropy_below(threshold))
-        close = ((entropy(walked.history[:, :-1]) - threshold).abs() < 1e-5).any(
-            1
-        )  # rounding may decide these
-        assert torch.equal(ours.ran[~close], theirs.ran[~close]) and torch.equal(
-            ours.exit[~close], theirs.exit[~close]
-        )
-
-
 def test_the_threshold_meets_its_target(finished):
     """Chosen from the fine grid, it saves what was asked for on the held-out rows, and stands in
     the table."""
-    evaluation.main(
-        [
-            str(finished),
-            "--repeats",
-            "0",
-            "--device",
-            "cpu",
-            "--target-speedup",
-            "2",
-            "--max-drop",
-            "100",
-        ]
-    )
+    ask = "--repeats 0 --device cpu --target-speedup 2 --max-drop 100"
+    evaluation.main([str(finished), *ask.split()])
     result = json.loads((finished / "eval.json").read_text())
     for mode in ("exit", "both"):
         rows = [r for r in result["rows"] if r["mode"] == mode]

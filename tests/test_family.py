@@ -135,8 +135,8 @@ def test_all_methods_train_and_evaluate(tmp_path, monkeypatch):
 
 
 def test_a_plain_bert_is_the_first_stage_of_others(tmp_path, capsys, refused):
-    """DeeBERT from a finished BERT is DeeBERT from scratch, but for the order of random numbers;
-    encoder and last head are the BERT's to the bit."""
+    """DeeBERT and FastBERT from a finished BERT train no phase 1; encoder and last head stay the
+    BERT's to the bit."""
     bert = tmp_path / "bert"
     train.main(["--method", "bert", *TOY, "--out", str(bert)])
     for method in ("deebert", "fastbert"):
@@ -174,8 +174,10 @@ def test_a_run_that_starts_from_another_without_phase_2(tmp_path):
     train.main(["--method", "bert", *TOY, "--out", str(bert)])
     train.main(["--method", "deebert", *TOY, "--epochs2", "0", "--weights", str(bert),
                 "--out", str(out)])
-    assert torch.load(out / "model.pt", weights_only=True)["model"].keys() == \
-        torch.load(bert / "model.pt", weights_only=True)["model"].keys()
+    theirs, ours = (torch.load(run / "model.pt", weights_only=True)["model"]
+                    for run in (bert, out))
+    kept = [name for name in theirs if name.startswith(("bert.", "heads.5."))]
+    assert len(kept) > 50 and all(torch.equal(theirs[name], ours[name]) for name in kept)
 
 
 def test_the_head_of_another_task_is_not_taken(tmp_path):
@@ -215,7 +217,8 @@ def test_flags_that_a_method_lacks_are_refused(refused, flags, named):
 def test_the_release_recipe():
     """The authors' settings; a flag still wins."""
     settings = train.parse("--recipe release --task rte --lr-new 1e-3".split())
-    assert (settings.lam, settings.soft_epochs, settings.epochs1, settings.epochs2) == (.04, 3, 5, 4)
+    assert (settings.lam, settings.soft_epochs) == (.04, 3)
+    assert (settings.epochs1, settings.epochs2) == (5, 4)
     assert (settings.gate_bias, settings.penalty_start, settings.lr) == (0, 0, 2e-5)
     assert (settings.batch_size, settings.eta1, settings.eta2) == (16, .01, .05)
     assert (settings.tau1, settings.tau2, settings.lr_new) == (.5, .55, 1e-3)

@@ -1,4 +1,4 @@
-"""The lesson's cells run in order, without Jupyter, on two small runs that are there."""
+"""The lesson's cells run in order, without Jupyter, on small runs."""
 
 import json
 import shutil

@@ -46,7 +46,7 @@ def losses(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("more", [[], ["--lam", "0.04", "--soft-epochs", "1"]])
 def test_two_processes_train_like_one(tmp_path, more):
-    """The last batch of an epoch has 15 rows, and rows have different lengths, so neither rows nor
+    """One batch of an epoch has 15 rows, and rows have different lengths, so neither rows nor
     tokens are shared out evenly."""
     assert start(tmp_path, *TINY, *more, "--out", "two").returncode == 0
     train.main([*TINY, *more, "--out", str(tmp_path / "one")])

@@ -52,7 +52,7 @@ def expected(name: str) -> torch.Tensor:
 @pytest.fixture
 def model(monkeypatch) -> SmartBert:
     """Our model with the release's weights."""
-    monkeypatch.setattr(smartbert, "width", lambda hidden_size: 12)
+    monkeypatch.setattr(smartbert, "gate_width", lambda hidden_size: 12)
     config = BertConfig(
         vocab_size=61,
         hidden_size=24,

@@ -212,7 +212,8 @@ def test_only_the_cls_query_is_needed():
 
 
 def test_width_is_a_sixth():
-    assert [gate_width(H) for H in (768, 512, 384, 256, 128)] == [128, 88, 64, 40, 24]
+    sizes = (768, 512, 384, 256, 128, 96, 48, 8)
+    assert [gate_width(H) for H in sizes] == [128, 88, 64, 40, 24, 16, 16, 16]
 
 
 def test_hard_weight_is_exact_forward_and_soft_backward():
@@ -257,7 +258,7 @@ def test_rows_in_full_run_every_layer():
 
 
 def test_contrast_by_brute_force():
-    """A loop over tokens; padding is neither found nor a negative, whatever stands in it."""
+    """A loop over tokens; padding is neither an anchor nor a negative, whatever stands in it."""
     torch.manual_seed(1)
     u, v, (_, _, mask) = (
         torch.randn(3, 6, 5),
@@ -297,14 +298,9 @@ def test_phase1_reaches_all_it_trains_and_phase2_only_the_heads():
     phase1_loss(
         model, ids, segment_ids, mask, labels, hard=True, penalty=dict(lam=0.1)
     ).loss.backward()
-    untouched = {
-        n.split(".")[1]
-        for n, p in model.named_parameters()
-        if p.grad is None and n.startswith("heads")
-    }
-    assert (
-        untouched == {"0", "1", "2", "3", "4"} and model.heads[4].out.weight.grad is not None
-    )  # .project only in 4
+    heads = dict(model.heads.named_parameters())
+    assert all(heads[n].grad is None for n in heads if n[0] != "4")
+    assert heads["4.out.weight"].grad is not None
     assert all(
         p.grad is not None
         for n, p in model.named_parameters()

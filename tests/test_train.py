@@ -18,20 +18,7 @@ import train
 from results import study
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--limit",
-    "240",
-    "--epochs1",
-    "3",
-    "--epochs2",
-    "2",
-    "--batch-size",
-    "16",
-    "--dropout",
-    "0.1",
-    "--device",
-    "cpu",
-]
+SMALL = "--limit 240 --epochs1 3 --epochs2 2 --batch-size 16 --dropout 0.1 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +225,15 @@ def test_bad_input_of_training(tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_started_over_forgets_its_evaluation(finished, tmp_path):
+    """Or --predict would take the threshold of another model."""
+    settings, _ = train.load_run(finished, torch.device("cpu"))
+    (tmp_path / "eval.json").touch()
+    (tmp_path / "model.pt").touch()
+    train.start_over(tmp_path, settings, {}, train.data.toy_tokenizer())
+    assert not {"eval.json", "model.pt"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_full_disk_costs_no_file(finished, tmp_path, refused):
     """A limit on the size of files acts as a full disk: one line, nothing is half-written, and the
     run started over ends at the weights of one that was never stopped."""
@@ -250,7 +246,8 @@ def test_a_full_disk_costs_no_file(finished, tmp_path, refused):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(out.glob("*.tmp")) and not (out / "checkpoint.pt").exists()
     train.main([*SMALL, "--out", str(out), "--overwrite"])
-    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(finished).values()))
+    pairs = zip(weights(out).values(), weights(finished).values())
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_gpu_that_is_too_small(monkeypatch, finished, refused):

@@ -16,7 +16,7 @@ import data
 import train
 from bert import Bert, BertConfig, Layer
 from data import Split
-from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss, gate_width
+from smartbert import ClsAttention, SmartBert, gated_forward, phase1_loss, phase2_loss
 from train import Settings
 
 
@@ -362,7 +362,7 @@ def kept(epochs: list[tuple[float, float]], **settings) -> int:
     # where none meets it, the best of those that were penalised in full
     ([(.9, 1.), (.8, .9), (.7, .8), (.6, .7)], dict(budget=.5, penalty_full=.5), 3),
     ([(.9, 1.), (.8, .9), (.7, .8)], dict(lam=.1, penalty_start=.4, penalty_full=.8), 2),
-    ([(.9, .5), (.1, 0.)], dict(lam=.1, penalty_start=0.), 1)])     # to skip everything is no merit
+    ([(.9, .5), (.1, 0.)], dict(lam=.1, penalty_start=0.), 1)])    # to skip everything is no merit
 def test_which_epoch_is_kept(epochs, settings, number):
     assert kept(epochs, **settings) == number
 
@@ -449,4 +449,3 @@ def test_fresh_parts_start_at_the_scale_of_what_comes_in():
     assert {m.eps for m in model.bert.modules() if isinstance(m, nn.LayerNorm)} == {0.25}
     biases = [m.bias for m in model.bert.modules() if isinstance(m, nn.Linear)]
     assert not any(bias.any() for bias in biases)
-    assert [gate_width(H) for H in (8, 48, 96, 128)] == [16, 16, 16, 24]
