@@ -65,7 +65,7 @@ def read_result(path: Path) -> Result:
                  if name not in NOT_IN_RESULT}          # of settings that the file does not know
         settings = usual | result["settings"]
         data = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
-        data += f" ({settings['limit']} rows)" if settings["limit"] else ""
+        data += f" ({settings['limit']} to train)" * bool(settings["limit"])
         kind = (data, settings["weights"] or "", settings["method"])
         return Result(kind, settings, rows, curves)
     except OSError as error:
@@ -190,6 +190,7 @@ def plot_study(study: dict, folder: Path) -> None:
     # here: the tables need no matplotlib
     from lesson.pictures import GRAY, canvas, picture
     plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
+    plt.rcParams["savefig.dpi"] = 90                    # it is large
     figure, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained",
                                 squeeze=False)
     for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
