@@ -227,15 +227,13 @@ def choose(points: list, max_drop: float = MAX_DROP, speedup: float | None = Non
     for mode in dict.fromkeys(point.mode for point in points):
         alike = sorted([p for p in points if p.mode == mode], key=lambda p: p.held_out_flops)
         reference = without["skip" if mode == "both" else "plain"]
-        if reference <= 0:
-            continue
         if speedup:
             chosen = next((p for p in alike[::-1] if p.held_out_flops <= 1 / speedup), alike[0])
         else:
             good = [p for p in alike if p.held_out >= reference - max_drop / 100]
             chosen = good[0] if good else max(alike, key=lambda point: point.held_out)
         for point in alike:
-            point.chosen = point is chosen
+            point.chosen = reference > 0 and point is chosen
 
 
 # --- The table, and exit criteria side by side --------------------------------------------------

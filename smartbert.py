@@ -478,7 +478,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 32768      # fills a CPU's cache, a GPU
+        batch_tokens = 1024 if device.type == "cpu" else 32768
     waiting = torch.arange(N, device=device)
     for rows, s, _ in full_batches(waiting, mask, batch_tokens):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])

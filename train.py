@@ -491,7 +491,7 @@ def train(settings: Settings) -> Path:
         starts = phase == 1 and settings.has_gates and 0 < first == epoch
         say(f"phase {phase} epoch {epoch + 1}/{epochs[phase]}  loss {loss:.3f}  {name} "
             f"{task.metrics[0]} {score:.3f} with {seen['layers']:.1f} of {L} layers  "
-            f"({seconds:.0f} s)" + ", gates begin to learn: scores fall, then recover" * starts)
+            f"({seconds:.0f} s)" + ", gates begin to learn: scores may fall at first" * starts)
         if phase == 1:
             new = merit(settings, epoch, score, seen["layers"] / L)
             if state["best"] is None or new >= state["best"]:       # of equal ones the later
@@ -505,6 +505,8 @@ def train(settings: Settings) -> Path:
         save(out / "model.pt", model=model.state_dict(), config=asdict(model.bert.config),
              classes=len(task.labels))
         (out / "checkpoint.pt").unlink(missing_ok=True)     # a finished run needs it no longer
+        for stale in out.glob("*.pt.*.tmp"):                # of a process killed while writing
+            stale.unlink()
     return out
 
 
@@ -739,10 +741,10 @@ def parse(arguments: list[str] | None) -> Settings:
             parser.add_argument(name, type=kind, help=help + default)
     given = vars(parser.parse_args(arguments))
     settings = Settings(**recipe | given)
-    if "budget" in given:                               # --recipe release has a lambda
-        settings.lam = None
     if {"budget", "lam"} <= given.keys():
         raise UserError("--lam is the paper's penalty, --budget ours: give one of them")
+    if "budget" in given:                               # --recipe release has a lambda
+        settings.lam = None
     if settings.resume and settings.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
     foreign = set() if settings.method == "smartbert" else SMARTBERT_ONLY & given.keys()
