@@ -125,6 +125,8 @@ def load_task(name: str, data_dir: str | Path | None = None, cache: str | Path |
     if name == "toy":
         return toy(seed=seed)
     base = Path(os.path.expanduser(data_dir)) if data_dir else cache_dir(cache) / "glue"
+    if data_dir and not base.is_dir():
+        raise UserError(f"{base} is not a folder: name the one that holds GLUE's files")
     folder, splits = base / task.folder, ("train", *task.devs)
     if not data_dir and not all((folder / f"{split}.tsv").is_file() for split in splits):
         if task.archive:
@@ -154,7 +156,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     """
     path, part = folder / f"{split}.tsv", folder / f"{split}.partial.tsv"
     path = part if part.is_file() and not path.is_file() else path
-    advice = f"put {task.folder}'s {split}.tsv there"
+    advice = f"put {task.folder}'s {split}.tsv there, or a file laid out like it"
     lines = read_lines(path, advice)
     header, first = (task.header, 1) if task.header else (lines.pop(0).split("\t"), 2)
     for name in filter(None, task.columns):

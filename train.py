@@ -220,6 +220,9 @@ def split_training_set(split: Split, settings: Settings) -> tuple[Split, Split, 
     digests identify the examples; a run keeps them in data.json."""
     whole = split.select(range(len(split))[:settings.limit])
     training, held = data.hold_out(whole, settings.held_out, settings.seed)
+    if len(set(training.labels)) < 2:
+        raise UserError("all examples to train on have the same label: mix the rows of train.tsv, "
+                        "or raise --limit")
     identity = {"train": data.digest(whole), "held_out": data.digest(held),
                 "partial": whole.partial}
     return training, held, identity
@@ -745,6 +748,8 @@ def parse(arguments: list[str] | None) -> Settings:
         raise UserError("--lam is the paper's penalty, --budget ours: give one of them")
     if "budget" in given:                               # --recipe release has a lambda
         settings.lam = None
+    if settings.task == "toy" and settings.data_dir:
+        raise UserError("--data-dir means nothing to the toy task: name a task with --task")
     if settings.resume and settings.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
     foreign = set() if settings.method == "smartbert" else SMARTBERT_ONLY & given.keys()

@@ -219,6 +219,8 @@ def test_bad_input_of_training(tmp_path, refused):
         (["--max-length", "3"], ["3"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--lam", "0.04", "--budget", "0.5"], ["--lam", "--budget", "one of them"]),
+        (["--data-dir", "."], ["--data-dir", "--task"]),  # --task forgotten
+        (["--limit", "1"], ["same label", "--limit"]),
     ):
         refused(train.main, [*arguments, "--out", "run"], *words)
     if not torch.cuda.is_available():
