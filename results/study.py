@@ -209,7 +209,7 @@ def plot_study(study: dict, folder: Path) -> None:
                     panel.plot(*point, style, color=colour, label=name)
                     continue
                 scores = np.array([[at_cost(curve, cost) for cost in costs] for curve in curves])
-                mean, spread = scores.mean(0), scores.std(0)
+                mean, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
                 line = panel.plot(costs, mean, style, color=colour, lw=2, marker="", label=name)
                 panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,
                                    color=line[0].get_color())
