@@ -492,8 +492,8 @@ def fetch_weights(name: str, cache: str | Path | None = None) -> Path:
     except (utils.RepositoryNotFoundError, utils.HFValidationError):
         reason = "there is no such name"
     except Exception as error:      # of the library, of the system, of requests or httpx
-        if google_zip(name):
-            return fetch_google(google_zip(name), cache_dir(cache) / "weights")
+        if zipped := google_zip(name):
+            return fetch_google(zipped, cache_dir(cache) / "weights")
         reason = getattr(error, "strerror", None) or "not in the hub's cache and no connection"
     raise UserError(f"weights {name!r:.60}: not a folder, not from the hub ({reason}): check the "
                     f"name, or use a folder with config.json, vocab.txt and pytorch_model.bin")

@@ -53,7 +53,7 @@ never = entropy_below(0.0)      # the criterion of a walk: every head is asked, 
 class OperatingPoint:
     """An inference mode and the number that goes with it."""
     mode: str
-    threshold: float | None = None          # entropy, patience or depth; None: no exits
+    threshold: float | None = None          # the criterion's number, or depth; or None
     criterion: str = "entropy"              # a name in CRITERIA
     held_out: float | None = None           # the score on the held-out part of the training set
     held_out_flops: float | None = None     # share of plain's FLOPs there
@@ -203,15 +203,17 @@ def clock(model: SmartBert, split: Split, rows: list[Row], repeats: int) -> None
 # --- The choice of a threshold ------------------------------------------------------------------
 
 def fine_grid(walks: dict, points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """The points among which to choose. Patience and depth: those given. Entropy: not those
-    given, but up to GRID for each mode, the quantiles of the entropies on these walks."""
+    """The points among which to choose. Patience and depth: those given. Entropy: up to GRID
+    for each mode, the quantiles of the entropies on these walks."""
     grid = [point for point in points if point.mode == "pruned" or point.criterion != "entropy"]
     for mode in dict.fromkeys(point.mode for point in points
                               if point.threshold is not None and point not in grid):
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)       # (N (L - 1), C)
         values = entropy(history[~history[:, 0].isnan()]).double().numpy()
-        steps = np.linspace(0, 1, GRID if len(values) else 0)   # none where all layers are skipped
-        thresholds = {float(f"{value:.4g}") for value in np.quantile(values, steps)}
+        if not len(values):                             # gates skip layers 1 .. L-1 of all rows
+            continue
+        quantiles = np.quantile(values, np.linspace(0, 1, GRID))
+        thresholds = {float(f"{value:.4g}") for value in quantiles}
         grid += [OperatingPoint(mode, threshold) for threshold in sorted(thresholds)]
     return grid
 
@@ -369,8 +371,8 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
     curve = [measure(model, split, task, walks, point) for point in fine_grid(walks, points)]
     compared = criteria(model, split, task, walks) if arguments.criteria else []
     majority = data.majority(task, split.labels)[metric]
-    # the chosen row of the last mode; plain where none is chosen
-    best = next((row for row in reversed(rows) if row.chosen), rows[0])
+    chosen = [row for row in rows if row.chosen and row.mode == rows[-1].mode]      # one or none
+    best = chosen[0] if chosen else rows[0]
     note = " (partial data: not the GLUE task)" if split.partial else ""
     print(f"\n{task.name} {name}{note}: {len(split)} examples; always the most frequent label: "
           f"{majority:.3f}\n")
@@ -388,7 +390,7 @@ def evaluate_split(arguments: argparse.Namespace, settings: train.Settings, mode
         print(f"\n{criteria_table(compared)}")
     path = Path(arguments.run) / ("eval.json" if first else f"eval-{name}.json")
     data.write_json(path, result)
-    used = f"; --predict and --trace now take {best}" if first and best.chosen else ""
+    used = f"; --predict and --trace now take {best}" if first and chosen else ""
     print(f"\nwrote {path}{used}")
     if arguments.plot and first:
         from lesson import pictures                     # here: nothing else needs matplotlib

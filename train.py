@@ -377,7 +377,7 @@ def train_epoch(model: SmartBert, optimizer: torch.optim.Optimizer, training: Sp
     number = epoch if phase == 1 else settings.epochs1 + epoch          # of the whole run
     order = data.batch_indices(training, settings.batch_size, seed=settings.seed + number)
     step_loss, (rank, world) = StepLoss(model, settings, phase), processes()
-    if world > 1:           # row r of a batch goes to process r % world; no batch is smaller
+    if world > 1:           # row r goes to process r % world; smaller batches are left out
         order = [indices for indices in order if len(indices) >= world]
         step_loss = DistributedDataParallel(step_loss, find_unused_parameters=True,
                                             gradient_as_bucket_view=True)
@@ -426,9 +426,9 @@ def validate(model: SmartBert, split: Split, batches: list[Batch], settings: Set
 
 def merit(settings: Settings, epoch: int, score: float, share: float) -> tuple:
     """What decides which epoch of phase 1 is kept, the most important first. share: of the layers
-    run. Before the penalty every layer runs, and such an epoch would win by its score, so the
-    score counts only where the rest is equal. A budget counts as met up to 10 % above it; with
-    lambda there is no budget to meet."""
+    run. Before the penalty every layer runs, and such an epoch would win by its score: so gates
+    and budget decide first, then the score, then fewer layers. A budget counts as met up to
+    10 % above it; with lambda there is no budget to meet."""
     free, by_budget = not settings.has_gates, settings.lam is None
     # whether this epoch had the gates that the last one has (hard ones, but for --soft-gates)
     hard = free or settings.soft_gates or epoch >= settings.soft_epochs

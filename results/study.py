@@ -33,8 +33,8 @@ LOOKS = {("smartbert", "both"): ("#0072B2", "-"), ("smartbert", "exit"): ("#E69F
 
 @dataclass
 class Result:
-    """One eval.json. kind: task and split, weights, method; curve: rows, or finer points where the
-    file has them, of each mode with exits as (flops, score)."""
+    """One eval.json. kind: task and split, weights, method; curve: the rows of each mode, and the
+    finer points that the file has, as (flops, score)."""
     kind: tuple[str, str, str]
     settings: dict
     rows: list[Row]
@@ -138,6 +138,8 @@ def summary(study: dict) -> str:
         for mode in sorted({row.mode for result in seeds for row in result.rows}):
             chosen = [row for result in seeds for row in result.rows
                       if row.mode == mode and row.chosen]
+            if not chosen:                  # no score above 0 without exits on held-out data
+                continue
             scores, costs = [row.score for row in chosen], [row.flops for row in chosen]
             points = ""
             if plain and method != "bert":
@@ -167,9 +169,10 @@ def at_costs(study: dict, costs: list[float]) -> str:
                     if rival and mode != "both":
                         points.append(100 * (score - at_cost(rival.curves["both"], cost)))
                 spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
-                difference = f"({np.mean(points):+.1f}{spread})" if points else ""
+                known = points and not np.isnan(points).any()
+                difference = f"({np.mean(points):+.1f}{spread})" if known else ""
                 text = "-" if np.isnan(scores).any() else f"{cell(scores)} {difference:>15}"
-                cells += f" {text.replace('(+nan +- nan)', '').replace('(+nan)', ''):>30}"
+                cells += f" {text:>30}"
             if runs:
                 lines.append(f"{name} {mode:<6} {len(runs):>5}{cells}".rstrip())
     return "\n".join(lines) + ("\n(in brackets: points above SmartBERT's both, seed by seed; "

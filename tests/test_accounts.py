@@ -143,6 +143,10 @@ def test_the_fine_grid_spans_the_entropies_that_were_seen(monkeypatch):
         assert (thresholds[0], thresholds[-1]) == pytest.approx((min(seen), max(seen)), rel=6e-3)
         for i, threshold in enumerate(thresholds):
             assert sum(e < threshold for e in seen) / len(seen) == pytest.approx(i / 4, abs=0.04)
+    for gate in model.gates:  # all layers are skipped, so no head is asked before the last
+        gate.out.bias.fill_(99.0)
+    grid = fine_grid(walk(model, split, points), points)
+    assert len(grid) == 5 and {point.mode for point in grid} == {"exit"}
 
 
 @torch.no_grad()
