@@ -105,7 +105,7 @@ def plan(settings: train.Settings, classes: int, L: int,
          thresholds: list[float] | None = None) -> list[OperatingPoint]:
     """A run's operating points, at these thresholds or at the usual ones of the method, from the
     most expensive on: shares of the largest entropy, every patience (PABEE), every depth
-    (LayerDrop)."""
+    (LayerDrop). Raises UserError for thresholds that the method does not have."""
     modes = []
     if settings.has_exits:
         modes = ["exit", "both"] if settings.has_gates else ["exit"]
@@ -119,6 +119,8 @@ def plan(settings: train.Settings, classes: int, L: int,
         criterion = "patience"
     if settings.method == "layerdrop":
         modes = ["pruned"]
+    if thresholds and not modes:
+        raise UserError("this run has no exits: leave out --thresholds")
     points = [OperatingPoint("plain")]
     if settings.has_gates:
         points.append(OperatingPoint("skip"))
@@ -207,7 +209,7 @@ def fine_grid(walks: dict, points: list[OperatingPoint]) -> list[OperatingPoint]
     for each mode, the quantiles of the entropies on these walks."""
     grid = [point for point in points if point.mode == "pruned" or point.criterion != "entropy"]
     for mode in dict.fromkeys(point.mode for point in points
-                              if point.threshold is not None and point not in grid):
+                              if point.mode in ("exit", "both") and point not in grid):
         history = walks[mode == "both"].history[:, :-1].flatten(0, 1)       # (N (L - 1), C)
         values = entropy(history[~history[:, 0].isnan()]).double().numpy()
         if not len(values):                             # gates skip layers 1 .. L-1 of all rows
@@ -333,8 +335,8 @@ def evaluate(arguments: argparse.Namespace, settings: train.Settings, model: Sma
     points = plan(settings, len(task.labels), len(model.gates), arguments.thresholds)
     if (arguments.plot or arguments.criteria) and not settings.has_exits:
         raise UserError(f"{folder} has no trained exit heads: nothing to plot or compare")
-    if (arguments.target_speedup or arguments.thresholds) and points[-1].threshold is None:
-        raise UserError(f"{folder} has no exits: leave out --target-speedup and --thresholds")
+    if arguments.target_speedup and points[-1].threshold is None:
+        raise UserError(f"{folder} has no exits: leave out --target-speedup")
     splits = data.load_task(task.name, arguments.data_dir or settings.data_dir, settings.cache)
     _, held, identity = train.split_training_set(splits["train"], settings)
     train.check_data(folder, identity)

@@ -286,9 +286,9 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
     (SmartBert.py:125-154; deviations 2, 3, 5.) CE: i = 1 .. L-1; contrast: i = 1 .. L-2.
-    u_i = project_i(z_i), where z_i is tanh(W_in h) in head i. Only these heads are
-    trained; the encoder, the gates and the last head are frozen. The hidden states follow the hard
-    gates, but head i always reads layer_i(h_{i-1}), even where the gate skips layer i.
+    u_i = project_i(z_i), where z_i is tanh(W_in h) in head i. Only these heads are trained; the
+    encoder, the gates and the last head are frozen. The hidden states follow the hard gates, but
+    head i always reads layer_i(h_{i-1}), even where the gate skips layer i.
     full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels (B,). Returns a scalar.
     """
     last = len(model.heads) - 1

@@ -335,6 +335,11 @@ def test_summary_is_mean_and_spread(tmp_path):
         f"{100 * (mean - 0.35):+.1f}",
         "-5.0",
     ]
+    rows = [vars(row("plain", 0.1, 1.0)), vars(row("skip", 0.0, 1.0)),
+            vars(row("both", 0.5, 0.3, 0.2))]
+    poor = write_result(tmp_path / "poor.json", rows, method="smartbert", seed=9)
+    table = study.summary(study.read_study([poor]))     # both has no chosen row, so no line
+    assert " plain " in table and " both " not in table
     good = json.loads(files[0].read_text())
     spoilt = [
         good | {"rows": good["rows"][1:]},

@@ -379,7 +379,9 @@ def test_bad_input_of_evaluation(finished, tmp_path, refused):
         ]
     )
     refused(evaluation.main, [tmp_path / "bert", "--criteria"], "no trained exit heads")
-    refused(evaluation.main, [tmp_path / "bert", "--thresholds", "0.3"], "has no exits")
+    for look in ([], ["--trace", "king coin b"]):
+        refused(evaluation.main, [tmp_path / "bert", "--thresholds", "0.3", *look], "has no exits")
+    refused(evaluation.main, [tmp_path / "bert", "--target-speedup", "2"], "has no exits")
     model = (finished / "model.pt").read_bytes()
     for content, word in ((model[: len(model) // 2], "truncated"), (b"", "truncated")):
         copy = tmp_path / "copy"
