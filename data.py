@@ -48,25 +48,23 @@ class Task:
     labels: tuple[str, ...] = ("0", "1")        # as in the files; the position is the class id
     metrics: tuple[str, ...] = ("accuracy",)    # the first is the main one
     devs: tuple[str, ...] = ("dev",)
-    archive: str = ""                           # the zip under GLUE_URL; MRPC has none
     header: tuple[str, ...] = ()                # column names of a file without a header line
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 TASKS = {task.name: task for task in (
     Task("toy", "", ("sentence", None, "label"), labels=("a", "b", "c")),
-    Task("cola", "CoLA", ("sentence", None, "label"), metrics=("matthews",), archive="CoLA.zip",
+    Task("cola", "CoLA", ("sentence", None, "label"), metrics=("matthews",),
          header=("source", "label", "mark", "sentence")),
-    Task("sst2", "SST-2", ("sentence", None, "label"), archive="SST-2.zip"),
+    Task("sst2", "SST-2", ("sentence", None, "label")),
     Task("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), metrics=("f1", "accuracy")),
-    Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy"),
-         archive="QQP-clean.zip"),
-    Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"), archive="MNLI.zip",
+    Task("qqp", "QQP", ("question1", "question2", "is_duplicate"), metrics=("f1", "accuracy")),
+    Task("mnli", "MNLI", ("sentence1", "sentence2", "gold_label"),
          labels=("contradiction", "entailment", "neutral"),
          devs=("dev_matched", "dev_mismatched")),
-    Task("qnli", "QNLI", ("question", "sentence", "label"), ENTAILMENT, archive="QNLIv2.zip"),
-    Task("rte", "RTE", labels=ENTAILMENT, archive="RTE.zip"),
-    Task("wnli", "WNLI", archive="WNLI.zip"),
+    Task("qnli", "QNLI", ("question", "sentence", "label"), ENTAILMENT),
+    Task("rte", "RTE", labels=ENTAILMENT),
+    Task("wnli", "WNLI"),
 )}
 
 
@@ -100,12 +98,10 @@ class Split:
 
     def select(self, rows) -> "Split":
         """The examples at these positions, in this order."""
-        chosen = {}
-        for name in ("texts", "labels", "levels", "ids", "segment_ids"):
-            values = getattr(self, name)
-            if values:
-                chosen[name] = [values[i] for i in rows]
-        return replace(self, **chosen)
+        def pick(values: list) -> list:
+            return [values[i] for i in rows] if values else []
+        return replace(self, texts=pick(self.texts), labels=pick(self.labels), ids=pick(self.ids),
+                       levels=pick(self.levels), segment_ids=pick(self.segment_ids))
 
 
 def load_task(name: str, data_dir: str | None = None) -> dict[str, Split]:
@@ -145,7 +141,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
     for number, line in enumerate(lines[1:], 1):
         row = dict(zip(header, line.split("\t")))
         if line.count("\t") != len(header) - 1 or row[label] == "-":
-            left_out.append(number)
+            left_out.append(line)
             continue
         if row[label] not in task.labels:
             raise UserError(f"{path}, example {number}: label {row[label]!r:.60} is none of "
@@ -153,15 +149,16 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
         texts.append((row[text], row.get(second)))
         labels.append(task.labels.index(row[label]))
     if left_out:
-        print(f"{path}: left out {len(left_out)} rows without {len(header)} fields, or without a "
-              f"gold label: the first are {left_out[:5]}", file=sys.stderr)
+        quoted = sum('"' in line for line in left_out)
+        print(f"warning: {path}: left out {len(left_out)} rows without {len(header)} fields, or "
+              f"without a gold label, such as {left_out[0]!r:.60}; {quoted} of them hold a "
+              f"quotation mark: fields can't be quoted, nor hold line breaks", file=sys.stderr)
     if not labels:
         raise UserError(f"{path} holds no examples")
     return Split(split, texts, labels, partial=path.name.endswith(".partial.tsv"))
 
 
-def hold_out(split: Split, share: float, seed: int,
-             limit: int | None = None) -> tuple[Split, Split]:
+def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
     """(training part, held-out part) of the first `limit` examples, both in their order. A share
     (0..1) of each class is drawn at random, at most about 2000 rows: more select no better."""
     rng, held, split = random.Random(seed), set(), split.select(range(len(split))[:limit])
@@ -185,6 +182,9 @@ def digest(split: Split) -> str:
 
 # --- Tokens and batches -------------------------------------------------------------------------
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
     """The tokenizer of a weights folder or of a run: tokenizer.json as the library reads it, or
     vocab.txt. Raises UserError where there is neither, or where it is not BERT's."""
@@ -203,18 +203,24 @@ def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
 
 
 def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece over vocab.txt, a token a line, as tokenizer_config.json beside it says. A
-    vocabulary is lower-case unless that file says otherwise."""
+    """BERT's WordPiece over vocab.txt, a token a line; like transformers it makes lower-case of
+    texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
     if not path.is_file():
-        raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt: download one")
-    stated, config = {}, path.with_name("tokenizer_config.json")
-    if config.is_file():
-        stated = json.loads(config.read_text(encoding="utf-8"))
-    words = WordPiece.read_file(str(path))
-    capitals = [word for word in words if word != word.lower() and word[0] != "["]
-    if capitals and "do_lower_case" not in stated:
-        raise UserError(f"{path} has capitals ({capitals[0]!r:.60}): put a tokenizer_config.json "
-                        f"with do_lower_case true or false beside it")
+        raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
+    words, stated, advice = WordPiece.read_file(str(path)), {}, "save it as tokenizer.json"
+    for file in (path.with_name("config.json"), *path.parent.glob("*token*.json")):
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        stated |= values
+        added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
+        added += values.get("additional_special_tokens", [])
+        if file.name == "added_tokens.json":
+            added += values
+        added = [token for token in added if token not in SPECIAL]
+        if added:
+            raise UserError(f"{file} adds the token {added[0]!r}: {advice}")
+    kind, unknown = str(stated.get("tokenizer_class")), str(stated.get("unk_token", "[UNK]"))
+    if kind not in ("None", "BertTokenizer", "BertTokenizerFast") or "[UNK]" not in unknown:
+        raise UserError(f"{path} is of a {kind} with {unknown} for unknown words: {advice}")
     return BertWordPieceTokenizer(words, lowercase=stated.get("do_lower_case", True),
                                   strip_accents=stated.get("strip_accents"),
                                   handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
@@ -245,11 +251,8 @@ class Batch:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.ids, self.segment_ids, self.mask
 
-    def to(self, device: str) -> "Batch":
-        return Batch(*(value.to(device) for value in vars(self).values()))
 
-
-def collate(split: Split, rows: list[int]) -> Batch:
+def collate(split: Split, rows: list[int], device: str = "cpu") -> Batch:
     """These examples as one batch, padded with 0 to the longest of them."""
     def pad(values: list[np.ndarray]) -> Tensor:                                        # (B, S)
         tensors = [torch.from_numpy(values[i]) for i in rows]
@@ -258,7 +261,8 @@ def collate(split: Split, rows: list[int]) -> Batch:
     lengths = torch.tensor([len(split.ids[i]) for i in rows])                           # (B,)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]                                # (B, S)
     labels = torch.tensor([split.labels[i] for i in rows])
-    return Batch(ids, pad(split.segment_ids), mask, labels, torch.tensor(rows))
+    columns = (ids, pad(split.segment_ids), mask, labels, torch.tensor(rows))
+    return Batch(*(column.to(device) for column in columns))
 
 
 def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
@@ -281,8 +285,7 @@ def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
     lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
     order = lengths.argsort(kind="stable").tolist()
-    rows = [order[i:i + size] for i in range(0, len(order), size)]
-    return [collate(split, pool).to(device) for pool in rows]
+    return [collate(split, order[i:i + size], device) for i in range(0, len(order), size)]
 
 
 # --- The toy task -------------------------------------------------------------------------------
@@ -327,13 +330,14 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
 
 def toy_tokenizer() -> BertWordPieceTokenizer:
     """A tokenizer whose vocabulary is the toy grammar's words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OWNERS, *THINGS, *CUPS, *SWAPS]
+    words = [*SPECIAL, *OWNERS, *THINGS, *CUPS, *SWAPS]
     return BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
 
 
 # --- Files and downloads: a student may stop reading here ---------------------------------------
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+ARCHIVES = {"QQP": "QQP-clean", "QNLI": "QNLIv2"}       # the others are named like their folder
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
 
 
@@ -424,7 +428,8 @@ def download_task(task: Task, splits: tuple[str, ...]) -> Path:
     if task.name == "mrpc":
         texts = split_mrpc()
     else:
-        with zipfile.ZipFile(io.BytesIO(download(GLUE_URL + task.archive))) as files:
+        url = f"{GLUE_URL}{ARCHIVES.get(task.folder, task.folder)}.zip"
+        with zipfile.ZipFile(io.BytesIO(download(url))) as files:
             texts = {split: files.read(f"{task.folder}/{split}.tsv") for split in splits}
     for split, text in texts.items():
         atomic_write(folder / f"{split}.tsv", lambda file: file.write(text))
@@ -448,17 +453,15 @@ def fetch_weights(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.is_file():
-        raise UserError(f"--weights {name} is a file: name the folder that holds it")
     from huggingface_hub import snapshot_download               # here: it takes half a second
-    files = ["config.json", "tokenizer*.json", "vocab.txt", "model.safetensors"]
+    files = ["*.json", "vocab.txt", "model.safetensors"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files))
         if not (folder / "model.safetensors").is_file():
             snapshot_download(name, revision=folder.name, allow_patterns="pytorch_model.bin")
     except Exception as error:          # of the library, of the system, of requests or httpx
-        raise UserError(f"--weights {name} is not a folder, nor from the hub: "
-                        f"{in_words(error)}") from error
+        raise UserError(f"--weights takes a folder or a name on the hub, and {name} is not a "
+                        f"folder: {in_words(error)}") from error
     return folder
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import (TASKS, encode, hold_out, load_task, load_tokenizer,
+from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
                   one_line_errors, pools, scores, write_text)
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
 from train import DEVICES, check_data, load_run, within
@@ -103,10 +103,8 @@ class Result:
 def full_passes(run, model, split):
     """With gates (True) and without (False): every head is asked and nobody exits."""
     batches = pools(split, run.settings.device)
-    full = {False: infer_pools(model, batches, skip=False, all_heads=run.exits)}
-    if run.gates:
-        full[True] = infer_pools(model, batches, skip=True, all_heads=run.exits)
-    return full
+    return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
+            for gated in {False, run.gates}}
 
 
 def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
@@ -127,21 +125,22 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
 
 def measure(model, split, task, outcome) -> Result:
     """The figures of an outcome."""
-    L, labels = outcome.ran.shape[1], torch.tensor(split.labels)            # (N,)
-    tokens = torch.tensor([len(ids) for ids in split.ids])                  # (N,)
-    layers, answers = outcome.ran.sum(1).float(), outcome.logits.argmax(1)  # (N,), (N,)
+    L, answers = outcome.ran.shape[1], outcome.logits.argmax(1)             # (N,)
     values = scores(task, answers.tolist(), split.labels)
+    tokens = torch.tensor([len(ids) for ids in split.ids])                  # (N,)
     share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
+    layers = outcome.ran.sum(1).float()                                     # (N,)
     reached = outcome.exit[:, None] >= torch.arange(1, L + 1)               # (N, L)
     skipped = (reached & ~outcome.ran).sum(0) / reached.sum(0).clamp(min=1)     # (L,)
-    levels = []
+    exits = outcome.exit.bincount(minlength=L + 1)[1:]                      # (L,)
+    right, levels = (answers == torch.tensor(split.labels)).float(), []     # (N,)
     for level in sorted(set(split.levels)):
         rows = torch.tensor(split.levels) == level                          # (N,)
         levels.append({"level": level, "examples": rows.sum().item(),
-                       "accuracy": (answers == labels)[rows].float().mean().item(),
+                       "accuracy": right[rows].mean().item(),
                        "layers": layers[rows].mean().item()})
     return Result(values[task.metrics[0]], values, layers.mean().item(), share.item(),
-                  skipped.tolist(), outcome.exit.bincount(minlength=L + 1)[1:].tolist(), levels)
+                  skipped.tolist(), exits.tolist(), levels)
 
 
 def measure_all(model, split, task, full, points) -> dict[Point, Result]:
@@ -171,18 +170,16 @@ def choose(tried, without, speedup) -> list[Point]:
     that loses at most half a point of score against the same mode without exits; if none does,
     that of the best score. With a target speed-up in FLOPs: the point with the most FLOPs that
     reaches it, else the cheapest. One point, or none where no score tells one from another."""
-    if len({result.score for result in tried.values()}) < 2 or without.score <= 0:
-        return []
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
         return (points[:1] + fast)[-1:]
+    if len({result.score for result in tried.values()}) < 2 or without.score <= 0:
+        return []
     good = [point for point in points if tried[point].score >= without.score - 0.005]
     best = max(points, key=lambda point: tried[point].score)
     return (good + [best])[:1]
 
-
-# --- Seconds ------------------------------------------------------------------------------------
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
     """Seconds of dynamic inference at each point: the median of `repeats` passes over at most
@@ -243,6 +240,11 @@ def bars(row):
 def evaluate(run, model, asked):
     """Choose the thresholds on held-out data; then measure, store and print each dev set."""
     settings, task = run.settings, TASKS[run.settings.task]
+    if not run.finished:
+        raise UserError(f"{run.folder} is not finished: continue it with train.py --resume")
+    if run.criterion != "entropy":
+        raise UserError(f"{run.folder} exits by another criterion: python results/criteria.py "
+                        f"{run.folder} --criterion {run.criterion}")
     splits = load_task(task.name, settings.data_dir)
     check_data(run, splits["train"])
     tokenizer = load_tokenizer(run.folder)

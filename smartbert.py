@@ -8,11 +8,10 @@ decides whether the answer is already certain.
     logits, ran, exit = infer_one(model, ids, segment_ids, threshold=0.3)
 
 `infer_one` is the paper in one loop. The losses of the two training phases follow it; `infer` does
-the same as `infer_one`, for many examples at once.
+the same for many examples at once.
 
 Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
-C classes, N rows of a pool (all examples of one call of `infer`), n some of these rows. mask is
-True at real tokens, False at padding.
+C classes. mask is True at real tokens, False at padding.
 """
 
 from collections.abc import Iterator
@@ -27,16 +26,9 @@ from bert import Bert, attend, mask_or_none
 
 # --- The model: skipping gates and exit heads ---------------------------------------------------
 
-def gate_width(hidden_size: int) -> int:
-    """W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code, so that a
-    gate costs about the same share of a layer at any H. At least 16: four heads of 4."""
-    return max(16, 8 * round(hidden_size / 48))
-
-
 class ClsAttention(nn.Module):
     """The first half of every gate and head (each has its own weights): project the tokens to W
-    dimensions, then attend from [CLS] to all of them. No other query is read, so no other is
-    computed."""
+    dimensions, then attend from [CLS] to all of them. No other query is needed."""
 
     def __init__(self, hidden_size: int, width: int, heads: int, dropout: float):
         super().__init__()
@@ -94,17 +86,16 @@ class ExitHead(nn.Module):
 
 
 class SmartBert(nn.Module):
-    """BERT with a gate before each layer and an exit head after it.
-
-    bert: the encoder. classes: C. gate_bias: initial bias of every gate; at 0, gates start near
-    g = 1/2.
-    """
+    """BERT with a gate before each layer and an exit head after it. bert: the encoder. classes: C.
+    gate_bias: initial bias of every gate; at 0, gates start near g = 1/2."""
 
     def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
         super().__init__()
         config = bert.config
-        H, W, L = config.hidden_size, gate_width(config.hidden_size), config.num_hidden_layers
-        dropout = config.attention_probs_dropout_prob
+        H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
+        # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
+        # gate costs about the same share of a layer at any H. At least 16: four heads of 4.
+        W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
         self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
@@ -136,8 +127,7 @@ def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: flo
     """SmartBERT as the paper describes it: one example, one layer after another.
 
     ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
-    Returns logits (1, C), the layers that ran and the layer of the exit, counted from 1.
-    """
+    Returns logits (1, C), the layers that ran and the layer of the exit, counted from 1."""
     L, ran = len(model.bert.layers), []
     h = model.bert.embeddings(ids, segment_ids)                             # h_0 (1, S, H)
     parts = zip(model.gates, model.bert.layers, model.heads)
@@ -164,8 +154,7 @@ def hard_weight(g: Tensor) -> Tensor:
     """Hard gate: 1 = skip, 0 = run; its gradient is that of the soft g.
 
     Straight-through estimator: autograd treats `hard` as a constant, and (g - g.detach()) has the
-    value 0 and the gradient of g. Computed in this order, the value is exactly 0 or 1.
-    """
+    value 0 and the gradient of g. In this order the sum is exactly 0 or 1."""
     hard = (g >= 0.5).to(g.dtype)
     return hard + (g - g.detach())
 
@@ -206,11 +195,9 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 
-    In training, skipped layers are computed too: in phase 1 the gradient of g_i needs
-    layer_i(h_{i-1}), in phase 2 head i reads it.
-    full_share: this share of the rows, drawn at random, ignores the gates and runs every layer, so
-    that the full model stays good.
-    """
+    Skipped layers are computed too: in phase 1 the gradient of g_i needs layer_i(h_{i-1}), in
+    phase 2 head i reads it. full_share: this share of the rows, drawn at random, ignores the gates
+    and runs every layer, so that the full model stays good."""
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, g_soft, g_used = [], [], [], []
     obeys_gate = torch.rand(len(ids), device=h.device) >= full_share        # (B,) bool
@@ -239,8 +226,7 @@ def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float,
 
     The paper's penalty takes the soft gates (B, L), which change with every step; the budget takes
     the gates as used, because it promises a share of layers that really run. A row that runs in
-    full (full_share) counts with the values of its gates. Returns a scalar.
-    """
+    full (full_share) counts with the values of its gates. Returns a scalar."""
     if lam > 0:
         return lam / g_soft.mean(0).sum()
     run = (1 - g_used).mean()                                               # share of the layers
@@ -257,16 +243,13 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     layers. It is a sum over the pairs here and a mean in phase 2, as in the paper's code; the etas
     are chosen for that. lam 0 and budget 1: no penalty. hard, full_share: see `gated_forward`.
     ids, segment_ids, mask (B, S), labels (B,).
-    Returns the loss and its parts (scalars), and run (L,): the mean of 1 - g of each layer.
-    """
+    Returns the loss and its parts (scalars), and run (L,): the mean of 1 - g of each layer."""
     gated = gated_forward(model, ids, segment_ids, mask, hard, full_share=full_share)
     logits, _ = model.heads[-1](gated.last, mask_or_none(mask))             # (B, C)
     task = F.cross_entropy(logits, labels)
     penalty = skip_penalty(gated.g_soft, gated.g_used, lam, budget, budget_weight)
     u = [project(h) for project, h in zip(model.projections, gated.inputs)]     # L x (B, S, W)
-    contrasts = torch.zeros_like(task)
-    for a, b in zip(u, u[1:]):
-        contrasts = contrasts + contrast(a, b, mask, tau1)
+    contrasts = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
     loss = (1 - eta1) * (task + penalty) + eta1 * contrasts
     return {"loss": loss, "task": task, "penalty": penalty, "contrast": contrasts,
             "run": (1 - gated.g_used).mean(0)}
@@ -283,20 +266,19 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     head i. Only these heads are trained; the encoder, the gates and the last head are frozen. The
     hidden states follow the hard gates, but head i always reads layer_i(h_{i-1}), even where the
     gate skips layer i. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels
-    (B,). Returns the loss and its parts, scalars.
-    """
+    (B,). Returns the loss and its parts, scalars."""
     last = len(model.heads) - 1
     with torch.no_grad():
         gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last,
                               full_share=full_share)
-    task, u, m = torch.zeros((), device=mask.device), [], mask_or_none(mask)
+    task, u = 0.0, []
+    m = mask_or_none(mask)
     for head, output in zip(model.heads[:last], gated.outputs):
         logits, z = head(output, m)                                         # (B, C), (B, S, W)
         task = task + F.cross_entropy(logits, labels)
         u.append(head.project(z))                                           # (B, S, W)
-    contrasts = torch.zeros_like(task)
-    for a, b in zip(u, u[1:]):
-        contrasts = contrasts + contrast(a, b, mask, tau2) / (last - 1)
+    pairs = [contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])]
+    contrasts = torch.stack(pairs).mean() if pairs else torch.zeros_like(task)    # L = 2: none
     loss = (1 - eta2) * task + eta2 * contrasts
     return {"loss": loss, "task": task, "contrast": contrasts}
 
@@ -305,7 +287,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
 
 @dataclass
 class Outcome:
-    """What happened to the N rows of a pool, in their given order. Layers count from 1."""
+    """What happened to the N rows of a pool of examples, in their order. Layers count from 1."""
     logits: Tensor          # (N, C): the answers
     exit: Tensor            # (N,) long: the layer of the exit; L for a row that reached the end
     ran: Tensor             # (N, L) bool: the layers that each row ran
@@ -343,15 +325,13 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         b     skips     runs, exits        (no longer alive)
         c     runs      runs, not sure     skips, the last head answers
 
-    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Three kinds of index
-    occur: i is a layer; alive and runs (N,) say of every row of the pool whether it is still
-    inside, and whether it runs layer i; `rows` are the positions in the pool of a batch's rows.
+    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Three kinds of index: i is
+    a layer; alive and runs (N,) say of every row of the pool whether it is still inside, and
+    whether it runs layer i; rows (n,) are the positions in the pool of a batch's rows.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
     row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask every head all the same; with threshold None nobody exits. batch_tokens: default by
-    device. Call model.eval() first.
-    """
+    ask every head all the same. batch_tokens: default by device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768

@@ -13,10 +13,11 @@ Every path answers with the last head, on the dev set:
     plain      all layers
 
 Where *gates* is no better than *shuffled*, the gates know nothing about single examples; where it
-is no better than *greedy*, a smaller fixed BERT would do as well.
+is no better than *greedy*, a smaller fixed BERT would do as well. N examples, L layers.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -24,98 +25,106 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-import train
-from data import Batch, Split, Task, UserError
-from smartbert import SmartBert
+from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer, one_line_errors,
+                  pools, scores, write_text)
+from smartbert import infer_pools
+from train import check_data, load_run
 
 SHUFFLES = 5
+PATHS = ("gates", "shuffled", "most_run", "greedy", "plain")
 
 
 @torch.inference_mode()
-def score_of(model: SmartBert, batches: list[Batch], split: Split, task: Task,
-             ran: torch.Tensor) -> float:
+def score_of(model, split, task, ran):
     """The main metric of the last head's answers, where row n of the split runs the layers that
     are True in ran (N, L)."""
-    answers = torch.zeros(len(split), dtype=torch.long)
-    for batch in batches:
+    answers = torch.zeros(len(split), dtype=torch.long)                     # (N,)
+    for batch in pools(split, largest=64):
         h = model.bert.embeddings(batch.ids, batch.segment_ids)             # (B, S, H)
         for i, layer in enumerate(model.bert.layers):
-            rows = ran[batch.index, i].nonzero().squeeze(1)                 # (n,)
-            if len(rows):
+            rows = ran[batch.rows, i].nonzero().squeeze(1)                  # (n,)
+            if len(rows) > 0:
                 h[rows] = layer(h[rows], batch.mask[rows])
-        answers[batch.index] = model.heads[-1](h, batch.mask)[0].argmax(-1)
-    return data.scores(task, answers.tolist(), split.labels)[task.metrics[0]]
+        logits, _ = model.heads[-1](h, batch.mask)                          # (B, C)
+        answers[batch.rows] = logits.argmax(1)
+    return scores(task, answers.tolist(), split.labels)[task.metrics[0]]
 
 
-def fixed(layers: set[int], rows: int, L: int) -> torch.Tensor:
-    """One path for all rows, (rows, L)."""
+def one_path(layers, rows, L):
+    """The same layers (from 0) for all rows: (rows, L) bool."""
     return torch.tensor([i in layers for i in range(L)]).expand(rows, L)
 
 
-def greedy(model: SmartBert, batches: list[Batch], held: Split, task: Task,
-           depth: int) -> set[int]:
+def greedy(model, held, task, depth):
     """The layers that are left when the least useful is dropped until `depth` are left."""
     L = len(model.gates)
     kept = set(range(L))
     while len(kept) > depth:
-        scores = {i: score_of(model, batches, held, task, fixed(kept - {i}, len(held), L))
-                  for i in sorted(kept)}
-        kept -= {max(scores, key=scores.get)}
+        without = {}
+        for i in sorted(kept):
+            path = one_path(kept - {i}, len(held), L)
+            without[i] = score_of(model, held, task, path)
+        kept.remove(max(without, key=without.get))
     return kept
 
 
-def ceiling(folder: Path, data_dir: str | None) -> dict:
+def ceiling(run, model):
     """The scores of all paths of a run. Raises UserError."""
-    settings, model = train.load_run(folder, torch.device("cpu"))
-    if not settings.has_gates:
-        raise UserError(f"{folder} has no gates: name a run of SmartBERT")
-    task, tokenizer = data.find_task(settings.task), data.load_tokenizer(folder)
-    splits = data.load_task(task.name, data_dir or settings.data_dir, settings.cache)
-    _, held, _ = train.split_training_set(splits["train"], settings)
-    held, dev = (data.encode(tokenizer, split, settings.max_length)
-                 for split in (held, splits[task.devs[0]]))
-    batches, held_batches = (list(data.batches(split, 64)) for split in (dev, held))
-    ran = train.predict(model, train.pools(dev), True, None).ran            # (N, L)
+    settings, task = run.settings, TASKS[run.settings.task]
+    if not run.gates or not run.finished:
+        raise UserError(f"{run.folder} is not finished, or has no gates: name a run of SmartBERT")
+    splits = load_task(task.name, settings.data_dir)
+    tokenizer = load_tokenizer(run.folder)
+    check_data(run, splits["train"])
+    _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
+    held = encode(tokenizer, held, settings.max_length)
+    dev = encode(tokenizer, splits[task.devs[0]], settings.max_length)
+
+    ran = infer_pools(model, pools(dev), skip=True).ran                     # (N, L)
     N, L = ran.shape
-    depth = round(ran.float().sum(1).mean().item())
+    layers = ran.float().sum(1).mean().item()
+    depth = round(layers)
     most_run = set(ran.float().mean(0).topk(depth).indices.tolist())
-    chosen = greedy(model, held_batches, held, task, depth)
+    chosen = greedy(model, held, task, depth)
     torch.manual_seed(0)
-    shuffled = [score_of(model, batches, dev, task, ran[torch.randperm(N)])
-                for _ in range(SHUFFLES)]
-    return {"run": folder.name, "layers": ran.float().sum(1).mean().item(), "depth": depth,
-            "patterns": len(ran.unique(dim=0)),
-            "gates": score_of(model, batches, dev, task, ran),
-            "shuffled": statistics.mean(shuffled), "shuffled_spread": statistics.stdev(shuffled),
-            "most_run": score_of(model, batches, dev, task, fixed(most_run, N, L)),
-            "greedy": score_of(model, batches, dev, task, fixed(chosen, N, L)),
-            "greedy_layers": [i + 1 for i in sorted(chosen)],
-            "plain": score_of(model, batches, dev, task, fixed(set(range(L)), N, L))}
+    shuffled = [score_of(model, dev, task, ran[torch.randperm(N)]) for _ in range(SHUFFLES)]
+    return {
+        "run": run.folder.name,
+        "layers": layers,
+        "depth": depth,
+        "patterns": len(ran.unique(dim=0)),
+        "gates": score_of(model, dev, task, ran),
+        "shuffled": statistics.mean(shuffled),
+        "shuffled_spread": statistics.stdev(shuffled),
+        "most_run": score_of(model, dev, task, one_path(most_run, N, L)),
+        "greedy": score_of(model, dev, task, one_path(chosen, N, L)),
+        "greedy_layers": [i + 1 for i in sorted(chosen)],
+        "plain": score_of(model, dev, task, one_path(set(range(L)), N, L)),
+    }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments=sys.argv[1:]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", help="folders of runs that train.py made")
-    parser.add_argument("--data-dir", help="folder with GLUE's files")
+    parser.add_argument("--data-dir", help="folder with GLUE's files, if they have moved")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     asked = parser.parse_args(arguments)
-    try:
+    with one_line_errors("ceiling.py"):
         results = []
-        print(f"{'run':<12} {'layers':>6} {'paths':>6} {'gates':>7} {'shuffled':>9} "
-              f"{'most run':>9} {'greedy':>7} {'plain':>7}")
-        for run in asked.runs:
-            bf16 = train.read_settings(Path(run)).bf16              # as trained
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                found = ceiling(Path(run), asked.data_dir)
+        print(f"{'run':<14} layers  paths" + "".join(f"{path:>10}" for path in PATHS))
+        for folder in asked.runs:
+            run, model = load_run(folder, "cpu")
+            if asked.data_dir is not None:
+                run.settings.data_dir = asked.data_dir
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):  # as trained
+                found = ceiling(run, model)
             results.append(found)
-            print("{run:<12} {layers:>6.2f} {patterns:>6} {gates:>7.3f} {shuffled:>9.3f} "
-                  "{most_run:>9.3f} {greedy:>7.3f} {plain:>7.3f}".format(**found), flush=True)
-        if asked.json:
-            data.write_json(asked.json, results)
-    except (UserError, OSError) as error:
-        print(f"ceiling.py: {error}", file=sys.stderr)
-        sys.exit(2)
+            line = "{run:<14} {layers:>6.2f} {patterns:>6}".format(**found)
+            for path in PATHS:
+                line += f"{found[path]:>10.3f}"
+            print(line, flush=True)
+        if asked.json is not None:
+            write_text(asked.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,127 +1,154 @@
 """The tables and the picture of a study: mean and spread over seeds, all methods side by side.
 
-    python results/study.py results/*-*.json                        # at the chosen thresholds
-    python results/study.py results/*-*.json --target-speedup 2.5   # for two fifths of the FLOPs
-    python results/study.py results/*-*.json --at 0.3 0.4 0.5       # at equal FLOPs
-    python results/study.py results/*-*.json --plot                 # study.png beside the first
+    python results/study.py results/*-5?.json                        # at the chosen thresholds
+    python results/study.py results/*-5?.json --target-speedup 2.5   # for two fifths of the FLOPs
+    python results/study.py results/*-5?.json --at 0.3 0.4 0.5       # at equal FLOPs
+    python results/study.py results/*-5?.json --plot                 # study.png beside the first
 
-Each file is an eval.json that eval.py wrote, or the folder of a run that holds one.
+Each file is an eval.json that eval.py or criteria.py wrote, or the folder of a run that holds one.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import UserError
-from eval import MAX_DROP, MODES, Row, at_cost, choose
-from train import NOT_IN_RESULT, RECIPES, RELEASE, SMARTBERT_ONLY, Settings
+from data import UserError, atomic_write, one_line_errors
+from eval import choose
+from train import FREE, parse, within
 
+# What only some methods have: another method's value of it means nothing.
+OF_GATES = {"budget", "lam", "gate_bias", "gates_from", "full_from", "full_share", "soft_epochs",
+            "lr_gates"}
+OF_CONTRAST = {"eta1", "eta2"}
 # Colour and style of a curve: method and mode.
 LOOKS = {("smartbert", "both"): ("#0072B2", "-"), ("smartbert", "exit"): ("#E69F00", "--"),
          ("smartbert", "skip"): ("#009E73", "D"), ("deebert", "exit"): ("#D55E00", "-"),
          ("fastbert", "exit"): ("#CC79A7", "-"), ("pabee", "exit"): ("#56B4E9", "-"),
-         ("berxit", "exit"): ("#7F3C8D", "-"), ("layerdrop", "pruned"): ("black", ":")}
+         ("berxit", "exit"): ("#7F3C8D", "-")}
+GRAY = "#999999"
 
+
+# --- Reading ------------------------------------------------------------------------------------
 
 @dataclass
 class Result:
-    """One eval.json. kind: task and split, weights, method; curve: the rows of each mode, and the
-    finer points that the file has, as (flops, score)."""
+    """One eval.json. kind: data, weights, method; usual: the settings that its command would have
+    without flags; rows: as in the file; curves: mode -> points (FLOPs, score)."""
     kind: tuple[str, str, str]
     settings: dict
-    rows: list[Row]
+    usual: dict
+    rows: list[dict]
     curves: dict[str, list[tuple[float, float]]]
 
 
-def read_result(path: Path) -> Result:
-    """Raises UserError for a file that is missing, damaged or of another version."""
-    advice = "evaluate its run with eval.py, and name that file or folder"
+def read_result(path):
+    """Raises UserError for a file that is not an eval.json of this version."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in result["rows"]]
-        for row in rows:
-            numbers = [row.score, row.layers, row.flops, row.seconds]
-            for number in (row.threshold, row.held_out, row.held_out_flops):
-                numbers += [number] * (number is not None)
-            if row.mode not in MODES or not all(math.isfinite(number) for number in numbers):
-                raise ValueError
-        if rows[0].mode != "plain":
-            raise ValueError
-        points = [(row.mode, row.flops, row.score) for row in rows]
-        points += [(point["mode"], point["flops"], point["score"])
-                   for point in result.get("curve", [])]
-        curves = {}
-        for mode, flops, score in points:
-            curves.setdefault(mode, []).append((flops, score))
-        usual = {name: value for name, value in vars(Settings()).items()
-                 if name not in NOT_IN_RESULT}          # of settings that the file does not know
-        settings = usual | result["settings"]
-        data = f"{result['task']} {result['split']}{' (partial)' * result['partial']}"
-        data += f" ({settings['limit']} to train)" * bool(settings["limit"])
-        kind = (data, settings["weights"] or "", settings["method"])
-        return Result(kind, settings, rows, curves)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is not an eval.json of this version: {advice}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return to_result(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an eval.json of this version: evaluate its run again, "
+                        f"and name that file or folder") from error
 
 
-def read_study(paths: list[str], max_drop: float = MAX_DROP,
-               speedup: float | None = None) -> dict[tuple, list[Result]]:
-    """The eval.json files of a study: (data, weights, method, what is unusual) -> its seeds, each
-    with the rows that `choose` takes. Raises UserError."""
-    files = [path / "eval.json" if path.is_dir() else path for path in map(Path, paths)]
-    names = [path.name if path.is_dir() else path.stem for path in map(Path, paths)]
-    results, study = [read_result(path) for path in files], {}
-    start_of = {name: result.kind[1] for name, result in zip(names, results)}
-    for result in results:      # a run that started from another of these has that one's weights
-        data, weights, method = result.kind
-        result.kind = (data, start_of.get(weights, weights), method)
-        result.settings |= {"weights": result.kind[1], "from_run": weights in start_of}
-    for path, result in zip(files, results):
-        choose(result.rows, max_drop, speedup)
-        if not any(row.chosen for row in result.rows):
-            raise UserError(f"{path}: nothing was held out, so no threshold can be chosen; "
-                            f"leave it out")
-        # A run is named by its settings that differ from its task's recipe, or where no run of its
-        # kind has the recipe's value, from most of its kind.
-        recipe, task = result.settings["recipe"], result.settings["task"]
-        alike = [other.settings for other in results
-                 if other.kind == result.kind and other.settings["recipe"] == recipe]
-        differ = "" if recipe == "ours" else f" recipe={recipe}"
-        defaults = vars(Settings(**(RECIPES.get(task, {}) if recipe == "ours" else RELEASE)))
-        for name, value in result.settings.items():
-            values = [other.get(name) for other in alike]
-            usual = defaults.get(name, False)           # from_run: False
-            if usual not in values:
-                usual = statistics.mode(values)
-            foreign = result.kind[2] != "smartbert" and name in SMARTBERT_ONLY
-            if name not in ("seed", "bf16") and not foreign and value != usual:
-                differ += f" {name}={value}"
-        study.setdefault((*result.kind, differ), []).append(result)
+def to_result(content):
+    task, recipe = content["task"], content["settings"]["recipe"]
+    usual = vars(parse(["--task", task, "--recipe", recipe])) | {"from_run": None}
+    settings = usual | content["settings"]              # a plain BERT's may have fewer
+    settings["from_run"] = settings["from_run"] is not None
+    usual["from_run"] = False
+    data = f"{task} {content['split']}"
+    if content["partial"]:
+        data += " (partial)"
+    if settings["limit"] is not None:
+        data += f" ({settings['limit']} to train)"
+    weights = ""
+    if task != "toy":
+        weights = Path(settings["weights"]).name
+    curves = {}
+    for point in content["rows"] + content["curve"]:
+        curves.setdefault(point["mode"], []).append((point["flops"], point["score"]))
+    kind = (data, weights, settings["method"])
+    return Result(kind, settings, usual, content["rows"], curves)
+
+
+def read_study(names):
+    """The eval.json files of a study: (data, weights, method, what is unusual) -> its seeds."""
+    results, study = [], {}
+    for path in map(Path, names):
+        if path.is_dir():
+            path = path / "eval.json"
+        results.append(read_result(path))
+    for result in results:
+        alike = [other.settings for other in results if other.kind == result.kind
+                 and other.settings["recipe"] == result.settings["recipe"]]
+        key = (*result.kind, unusual(result, alike))
+        study.setdefault(key, []).append(result)
     return dict(sorted(study.items()))
 
 
-def baseline(study: dict, data: str, weights: str) -> list[float]:
+def unusual(result, alike):
+    """What names a run: the settings that differ from its task's or, where no run of its kind has
+    the task's value, from most of its kind (alike: their settings). The learning rate goes by the
+    encoder, so it is compared with most of its kind."""
+    means_nothing, words = FREE | {"task", "method", "recipe", "weights", "seed", "bf16"}, ""
+    method, recipe = result.kind[2], result.settings["recipe"]
+    if method != "smartbert":
+        means_nothing = means_nothing | OF_GATES
+    if method not in ("smartbert", "exits"):
+        means_nothing = means_nothing | OF_CONTRAST
+    if recipe != "ours":
+        words = f" recipe={recipe}"
+    for name, usual in result.usual.items():
+        values = [settings[name] for settings in alike]
+        if usual not in values or name == "lr":
+            usual = statistics.mode(values)
+        if name not in means_nothing and result.settings[name] != usual:
+            words += f" {name}={result.settings[name]}"
+    return words
+
+
+# --- The tables ---------------------------------------------------------------------------------
+
+def chosen_rows(rows, mode, speedup):
+    """The row that stands for a mode, in a list: the row without exits or the starred one; none
+    where the mode has no star. With a target speed-up the star is chosen anew, among the rows."""
+    alike = [row for row in rows if row["mode"] == mode]
+    if mode in ("plain", "skip"):
+        return alike
+    if speedup is None:
+        return [row for row in alike if row["chosen"]]
+    tried = {i: held_out(row) for i, row in enumerate(alike) if row["held_out"] is not None}
+    modes = {"exit": "plain", "both": "skip"}
+    without = [held_out(row) for row in rows if row["mode"] == modes[mode]]
+    return [alike[i] for i in choose(tried, without[0], speedup)]
+
+
+def held_out(row):
+    return SimpleNamespace(score=row["held_out"], flops=row["held_out_flops"])
+
+
+def baseline(study, data, weights):
     """The scores of the separately trained plain BERTs on the same data from the same weights."""
-    return [result.rows[0].score for result in study.get((data, weights, "bert", ""), [])]
+    return [result.rows[0]["score"] for result in study.get((data, weights, "bert", ""), [])]
 
 
-def cell(values: list[float]) -> str:
+def cell(values):
     """Mean and standard deviation."""
-    spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f} +- {np.std(values, ddof=1):.3f}"
 
 
-def names_of(study: dict) -> list[str]:
+def names_of(study):
     """The first columns of a table: a heading, then a line for each entry of the study."""
     lines = [("data", "weights", "run")]
     lines += [(data, weights, method + differ) for data, weights, method, differ in study]
@@ -129,18 +156,20 @@ def names_of(study: dict) -> list[str]:
     return [" ".join(map(str.ljust, line, widths)) for line in lines]
 
 
-def summary(study: dict) -> str:
+def summary(study, speedup=None):
     """Score and FLOPs of the chosen rows, and the points lost or won against plain BERT."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
     for name, ((data, weights, method, _), seeds) in zip(names, study.items()):
         plain = baseline(study, data, weights)
-        for mode in sorted({row.mode for result in seeds for row in result.rows}):
-            chosen = [row for result in seeds for row in result.rows
-                      if row.mode == mode and row.chosen]
-            if not chosen:                  # no score above 0 without exits on held-out data
+        for mode in sorted({row["mode"] for result in seeds for row in result.rows}):
+            chosen = []
+            for result in seeds:
+                chosen += chosen_rows(result.rows, mode, speedup)
+            if not chosen:
                 continue
-            scores, costs = [row.score for row in chosen], [row.flops for row in chosen]
+            scores = [row["score"] for row in chosen]
+            costs = [row["flops"] for row in chosen]
             points = ""
             if plain and method != "bert":
                 points = f"{100 * (statistics.mean(scores) - statistics.mean(plain)):+.1f}"
@@ -149,113 +178,145 @@ def summary(study: dict) -> str:
     return "\n".join(lines) + "\n(points: score against a separately trained plain BERT)"
 
 
-def at_costs(study: dict, costs: list[float]) -> str:
+def at_cost(points, cost):
+    """The score at a share of plain's FLOPs, interpolated between the two nearest points (FLOPs,
+    score); NaN outside."""
+    costs, scores = zip(*sorted(points))
+    return float(np.interp(cost, costs, scores, left=np.nan, right=np.nan))
+
+
+def at_costs(study, costs):
     """The score of every method at the same shares of plain BERT's FLOPs: mean and spread over the
     seeds, and in brackets the points by which it differs from SmartBERT's gates and exits with the
     same seed: those of the same run, or else of SmartBERT as usual."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5}" + "".join(f" {cost:>30.2f}" for cost in costs)]
     for name, ((data, weights, *_), seeds) in zip(names, study.items()):
-        rivals = {result.settings["seed"]: result
-                  for result in study.get((data, weights, "smartbert", ""), [])}
-        for mode in ("exit", "both", "pruned"):
+        usual = study.get((data, weights, "smartbert", ""), [])
+        rivals = {result.settings["seed"]: result for result in usual}
+        for mode in ("exit", "both"):
             runs = [result for result in seeds if mode in result.curves]
-            cells = ""
-            for cost in costs if runs else []:
-                scores, points = [at_cost(result.curves[mode], cost) for result in runs], []
-                for result, score in zip(runs, scores):
-                    rival = result if "both" in result.curves else rivals.get(
-                        result.settings["seed"])
-                    if rival and mode != "both":
-                        points.append(100 * (score - at_cost(rival.curves["both"], cost)))
-                spread = f" +- {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""
-                known = points and not np.isnan(points).any()
-                difference = f"({np.mean(points):+.1f}{spread})" if known else ""
-                text = "-" if np.isnan(scores).any() else f"{cell(scores)} {difference:>15}"
-                cells += f" {text:>30}"
-            if runs:
-                lines.append(f"{name} {mode:<6} {len(runs):>5}{cells}".rstrip())
+            if not runs:
+                continue
+            line = f"{name} {mode:<6} {len(runs):>5}"
+            for cost in costs:
+                scores, points = [], []
+                for result in runs:
+                    scores.append(at_cost(result.curves[mode], cost))
+                    rival = result
+                    if "both" not in result.curves:
+                        rival = rivals.get(result.settings["seed"])
+                    if rival is not None and mode != "both":
+                        points.append(100 * (scores[-1] - at_cost(rival.curves["both"], cost)))
+                line += f" {score_and_points(scores, points):>30}"
+            lines.append(line.rstrip())
     return "\n".join(lines) + ("\n(in brackets: points above SmartBERT's both, seed by seed; "
                                "-: a seed has no threshold at this cost)")
 
 
-def plot_study(study: dict, folder: Path) -> None:
+def score_and_points(scores, points):
+    """One cell of the table: mean and spread of the scores, then of the points in brackets."""
+    if np.isnan(scores).any():
+        return "-"
+    difference = ""
+    if points and not np.isnan(points).any():
+        difference = f"({np.mean(points):+.1f})"
+        if len(points) > 1:
+            difference = f"({np.mean(points):+.1f} +- {np.std(points, ddof=1):.1f})"
+    return f"{cell(scores)} {difference:>15}"
+
+
+# --- The picture --------------------------------------------------------------------------------
+
+def plot_study(study, folder):
     """study.png in a folder: score over FLOPs of all methods, mean and standard deviation over
     seeds, a panel for each data set that has a SmartBERT and a plain BERT. Raises UserError."""
-    panels = []
-    for key, seeds in study.items():
-        plain = baseline(study, *key[:2])
-        if key[2:] == ("smartbert", "") and plain:
-            panels.append((key, seeds, plain))
+    try:
+        import matplotlib                               # here: the tables need none of it
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UserError("--plot needs the package matplotlib: pip install matplotlib") from error
+    panels = [key for key in study
+              if key[2:] == ("smartbert", "") and baseline(study, *key[:2])]
     if not panels:
         raise UserError("--plot needs runs of SmartBERT and a plain BERT (--method bert) on the "
                         "same data from the same weights")
-    # here: the tables need no matplotlib
-    from lesson.pictures import GRAY, canvas, picture
-    plt, costs, tall = canvas(), np.linspace(0.1, 1, 91), math.ceil(len(panels) / 2)
-    plt.rcParams["savefig.dpi"] = 90                    # it is large
+    plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+    tall = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(tall, 2, figsize=(14, 5 * tall), layout="constrained",
                                 squeeze=False)
-    for panel, ((data, weights, *_), seeds, plain) in zip(axes.flat, panels):
-        mean, spread = statistics.mean(plain), statistics.stdev(plain) if len(plain) > 1 else 0
-        panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
-        panel.axhline(mean, color=GRAY, marker="", label="plain BERT, separately trained")
-        for (*of, method, differ), runs in study.items():
-            if of != [data, weights] or differ:
-                continue
-            for mode in sorted(set.intersection(*(set(run.curves) for run in runs)) - {"plain"}):
-                curves = [run.curves[mode] for run in runs]
-                colour, style = LOOKS.get((method, mode), (None, "-"))
-                name = f"smartbert, {mode}" if method == "smartbert" else method
-                if mode == "skip":                      # one point of each seed
-                    point = np.mean([curve[0] for curve in curves], axis=0)
-                    panel.plot(*point, style, color=colour, label=name)
-                    continue
-                scores = np.array([[at_cost(curve, cost) for cost in costs] for curve in curves])
-                mean, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
-                line = panel.plot(costs, mean, style, color=colour, lw=2, marker="", label=name)
-                panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,
-                                   color=line[0].get_color())
-        names = ", ".join(filter(None, (data, weights)))
-        panel.set(title=f"{names}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
-                  xlim=(0, 1), xlabel="FLOPs, share of plain BERT", ylabel="score")
+    lines = {}                                          # label -> a line that has it
+    for panel, key in zip(axes.flat, panels):
+        draw_panel(panel, study, key)
+        handles, labels = panel.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles))
     for panel in axes.flat[len(panels):]:
         panel.axis("off")
-    lines = {}                                          # label -> a line that has it
-    for panel in axes.flat:
-        lines |= dict(zip(*panel.get_legend_handles_labels()[::-1]))
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=5)
-    picture(plt, folder / "study.png")
+    path = folder / "study.png"
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90,
+                                                   bbox_inches="tight"))
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def draw_panel(panel, study, key):
+    """The curves of one data set. key: that of its SmartBERT."""
+    data, weights, *_ = key
+    plain = baseline(study, data, weights)
+    mean, spread = np.mean(plain), np.std(plain, ddof=min(1, len(plain) - 1))
+    panel.axhspan(mean - spread, mean + spread, color=GRAY, alpha=0.25)
+    panel.axhline(mean, color=GRAY, label="plain BERT, separately trained")
+    costs = np.linspace(0.1, 1, 91)
+    for (of_data, of_weights, method, differ), runs in study.items():
+        if (of_data, of_weights, differ) != (data, weights, ""):
+            continue
+        for mode in ("both", "exit", "skip"):
+            curves = [run.curves[mode] for run in runs if mode in run.curves]
+            if not curves:
+                continue
+            colour, style = LOOKS.get((method, mode), (None, "-"))
+            name = method
+            if method == "smartbert":
+                name = f"smartbert, {mode}"
+            if mode == "skip":                          # one point of each seed
+                cost, score = np.mean([curve[0] for curve in curves], axis=0)
+                panel.plot(cost, score, style, color=colour, ms=9, label=name)
+                continue
+            scores = np.array([at_cost(curve, cost) for curve in curves for cost in costs])
+            scores = scores.reshape(len(curves), len(costs))
+            mean, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
+            line, = panel.plot(costs, mean, style, color=colour, lw=2, label=name)
+            panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,
+                               color=line.get_color())
+    seeds = f"{len(study[key])} seeds"
+    if len(study[key]) == 1:
+        seeds = "1 seed"
+    names = ", ".join(filter(None, (data, weights, seeds)))
+    panel.set(title=names, xlim=(0, 1), xlabel="FLOPs, share of plain BERT", ylabel="score")
+
+
+# --- From the command line ----------------------------------------------------------------------
+
+def main(arguments=sys.argv[1:]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", metavar="JSON", help="eval.json files, or runs")
-    parser.add_argument("--max-drop", type=float, default=MAX_DROP, metavar="POINTS",
-                        help="as in eval.py (default %(default)s)")
-    parser.add_argument("--target-speedup", type=float, metavar="X", help="as in eval.py")
-    parser.add_argument("--at", nargs="+", type=float, metavar="SHARE",
-                        help="compare exits and both at these shares of plain BERT's FLOPs")
-    parser.add_argument("--plot", action="store_true",
-                        help="write study.png beside the first file (needs matplotlib)")
+    add, share = parser.add_argument, within(float, 0, 1)
+    add("files", nargs="+", metavar="JSON", help="eval.json files, or runs")
+    add("--target-speedup", type=within(float, 1, 1e9), metavar="X", help="as in eval.py")
+    add("--at", nargs="+", type=share, metavar="SHARE",
+        help="compare exits and both at these shares of plain BERT's FLOPs")
+    add("--plot", action="store_true",
+        help="write study.png beside the first file (needs matplotlib)")
     asked = parser.parse_args(arguments)
-    try:
-        for name, low in ("max_drop", 0), ("target_speedup", 1):
-            value = getattr(asked, name)
-            if value is not None and not low <= value < math.inf:       # false for NaN as well
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} {value:g}: give a number from {low} up")
-        if asked.plot and not importlib.util.find_spec("matplotlib"):   # said before the work
-            raise UserError("--plot needs the package matplotlib: pip install matplotlib")
-        study = read_study(asked.files, asked.max_drop, asked.target_speedup)
-        print(at_costs(study, asked.at) if asked.at else summary(study))
+    with one_line_errors("study.py"):
+        study = read_study(asked.files)
+        if asked.at is None:
+            print(summary(study, asked.target_speedup))
+        else:
+            print(at_costs(study, asked.at))
         if asked.plot:
             plot_study(study, Path(asked.files[0]).parent)
-    except BrokenPipeError:                             # its reader has read enough: | head
-        sys.stdout = None
-    except (UserError, OSError) as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

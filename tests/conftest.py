@@ -1,14 +1,27 @@
 """What several test files share: a tiny model of odd sizes, and the folder with real data where
 there is one."""
 
+import builtins
+import io
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+# No test asks the hub or reads the user's cache: its library reads these when it is loaded. That
+# is here, because its log stays bound to the stderr of that moment, which a test would close.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+HUB_HOME = tempfile.TemporaryDirectory(prefix="smartbert-tests-")
+os.environ["HF_HOME"] = HUB_HOME.name
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+import huggingface_hub.file_download  # noqa: F401
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import train
 from bert import Bert, BertConfig, name_table
 from smartbert import SmartBert
 
@@ -26,19 +39,20 @@ def shared() -> Path:
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """refused(main, arguments, *words): the script ends with status 2, one line on stderr, and the
-    words that help."""
+    """refused(main, arguments, *words): the script ends with status 2 and one line on stderr,
+    which has the words that help. Returns that line."""
 
-    def check(main, arguments, *words: str) -> None:
+    def check(main, arguments, *words: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:  # any other exception would be a traceback
             main([str(argument) for argument in arguments])
         said = capsys.readouterr().err.strip().splitlines()
-        above = [line for line in said[:-1] if not line.startswith(("usage:", "warning:"))]
-        line = said[-1]
-        assert stop.value.code == 2 and not above
+        if said[0].startswith("usage:"):  # argparse's own errors
+            said.pop(0)
+        assert stop.value.code == 2 and len(said) == 1, said
         for word in words:
-            assert word in line
+            assert word in said[0]
+        return said[0]
 
     monkeypatch.chdir(tmp_path)
     return check
@@ -82,30 +96,100 @@ def tiny_batch(
     return ids, segment_ids, torch.arange(longest) < lengths[:, None]
 
 
-def save_tiny_weights(folder: Path) -> Path:
-    """A weights folder in the hub's layout: two layers, 8 wide, an alphabet of word pieces."""
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"abcdefghijklmnopqrstuvwxyz0123456789",
-        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
-    ]
+TINY_WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *"abcdefghijklmnopqrstuvwxyz0123456789",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+]
+
+
+def tokenizer_json(words: list[str] = TINY_WORDS, **changes) -> dict:
+    """What transformers 5 writes into tokenizer.json for a BertTokenizer with these words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+    def token(name: str, segment: int) -> dict:
+        return {"SpecialToken": {"id": name, "type_id": segment}}
+
+    def text(name: str, segment: int) -> dict:
+        return {"Sequence": {"id": name, "type_id": segment}}
+
+    single = [token("[CLS]", 0), text("A", 0), token("[SEP]", 0)]
+    ends = {name: {"id": name, "ids": [words.index(name)], "tokens": [name]}
+            for name in ("[CLS]", "[SEP]")}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": word, **flags, "special": True}
+                         for i, word in enumerate(words) if word in special],
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True,
+                       "handle_chinese_chars": True, "strip_accents": None},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "TemplateProcessing", "single": single,
+                           "pair": [*single, text("B", 1), token("[SEP]", 1)],
+                           "special_tokens": ends},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100,
+                  "vocab": {word: i for i, word in enumerate(words)}},
+    } | changes
+
+
+def save_tiny_weights(folder: Path, old: bool = False) -> Path:
+    """A weights folder in the hub's layout: two layers, 8 wide, an alphabet of word pieces. As
+    transformers 5 saves it, or as the oldest models are: pytorch_model.bin and vocab.txt."""
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=len(TINY_WORDS),
         hidden_size=8,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=12,
         max_position_embeddings=24,
     )
-    parts, tensors = Bert(config).state_dict(), {}
+    parts = Bert(config).state_dict()
+    tensors = {"pooler.dense.weight": torch.eye(8), "pooler.dense.bias": torch.zeros(8)}
     for ours, theirs in name_table(config).items():
         tensors |= dict(zip(theirs, (part.clone() for part in parts[ours].chunk(len(theirs)))))
     folder.mkdir()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "config.json").write_text(json.dumps(asdict(config) | {"model_type": "bert"}))
+    if old:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        (folder / "vocab.txt").write_text("\n".join(TINY_WORDS) + "\n")
+        return folder
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    stated = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
     return folder
+
+
+@pytest.fixture
+def weights_refused(refused, tmp_path):
+    """weights_refused(weights, *words): RTE's training from these weights ends as in `refused`."""
+    rows = "a\tb\tentailment\nc d\te\tnot_entailment\n" * 5
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("sentence1\tsentence2\tlabel\n" + rows)
+
+    def check(weights: str | Path, *words: str) -> str:
+        settings = ["--task", "rte", "--data-dir", tmp_path, "--max-length", 16, "--epochs1", 1]
+        return refused(train.main, [*settings, "--weights", weights, "--out", "run"], *words)
+
+    return check
+
+
+@pytest.fixture
+def lock(monkeypatch):
+    """lock(path): from now on the system lets nobody read this file."""
+    real = builtins.open
+
+    def lock(path: Path) -> None:
+        def refuse(file, *arguments, **others):
+            if str(file) == str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(file, *arguments, **others)
+
+        for module in (builtins, io):  # pathlib has its open from io
+            monkeypatch.setattr(module, "open", refuse)
+
+    return lock

@@ -24,6 +24,7 @@ STORED = dict(np.load(HERE / "fixtures/bert.npz"))
 SCRIPT = HERE.parent / "tools/convert_google.py"
 INDEX = "bert_model.ckpt.index"
 DATA = "bert_model.ckpt.data-00000-of-00001"
+FOUR = ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
 
 spec = importlib.util.spec_from_file_location("convert_google", SCRIPT)
 tool = importlib.util.module_from_spec(spec)
@@ -99,7 +100,7 @@ def refused(capsys, tmp_path):
 def test_a_zip_becomes_a_folder_of_the_hub(tmp_path):
     tool.main([str(GOOGLE), str(tmp_path / "new" / "folder")])
     folder = tmp_path / "new" / "folder"
-    assert names_in(folder) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert names_in(folder) == FOUR
     assert_equals_stored(folder)
     config = json.loads((folder / "config.json").read_bytes())
     assert config == json.loads(FILES["bert_config.json"]) | {"model_type": "bert"}
@@ -135,6 +136,15 @@ def test_a_folder_with_the_settings_of_a_tokenizer(tmp_path):
     assert (tmp_path / "folder/tokenizer_config.json").read_bytes() == settings
 
 
+def test_a_cased_vocabulary_is_said_to_be_so(tmp_path):
+    """Google's zips do not say it; without it a cased model would read lower-case texts."""
+    for words, lower in ("[CLS]\nthe\n##s\n", True), ("[CLS]\nthe\nThe\n", False):
+        source = write_folder(tmp_path / f"source-{lower}", FILES | {"vocab.txt": words.encode()})
+        tool.convert(source, tmp_path / f"folder-{lower}")
+        stated = (tmp_path / f"folder-{lower}/tokenizer_config.json").read_text()
+        assert json.loads(stated) == {"do_lower_case": lower}
+
+
 def test_a_saved_model(tmp_path):
     """Its checkpoint has other names, and lies in a subfolder."""
     files = {name.replace("bert_model.ckpt", "variables/variables"): FILES[name] for name in FILES}
@@ -153,7 +163,7 @@ def test_only_the_wanted_files_of_a_zip_are_read(tmp_path):
     tool.main([str(source), str(tmp_path / "folder")])
     assert_equals_stored(tmp_path / "folder")
     assert names_in(tmp_path) == ["folder", "mine.zip"]
-    assert names_in(tmp_path / "folder") == ["config.json", "model.safetensors", "vocab.txt"]
+    assert names_in(tmp_path / "folder") == FOUR
     assert not (tmp_path.parent / "evil").exists()
 
 

@@ -1,477 +1,417 @@
-"""The accounts: what is chosen, what is compared, and what a reader sees of single examples."""
+"""The cost, exits applied to a full pass, the choice of a threshold, the table, and whole
+evaluations of small untrained runs."""
 
-import importlib.util
-import io
+import errno
 import json
-import shutil
-import statistics
-from pathlib import Path
+import math
+import random
+import sys
+from dataclasses import asdict
+from itertools import cycle, product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_batch, tiny_model
+from test_smartbert import alone, certain_model, close, models, tiny_split
+from torch import nn
+from torch.distributions import Categorical
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
 import train
-from eval import OperatingPoint, Row, at_cost, choose, cut, never, trace
-from results import study
-from smartbert import auxiliary_flops, entropy, entropy_below, infer, layer_flops
-from data import UserError
+from bert import Bert, BertConfig
+from eval import (Point, Result, apply_exits, auxiliary_flops, bars, choose, flops, full_passes,
+                  layer_flops, measure_all, plain_flops, quantiles, table)
+from smartbert import SmartBert, entropy, infer, infer_one
+
+CPU = SimpleNamespace(settings=SimpleNamespace(device="cpu"), gates=True, exits=True)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a small run of the toy task."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    train.main([*"--limit 200 --epochs1 2 --epochs2 1 --batch-size 16 --device cpu".split(),
-                "--out", str(folder)])
-    return folder
+# --- The cost -----------------------------------------------------------------------------------
 
-
-def row(mode: str, score: float, flops: float, threshold: float | None = None, **more) -> Row:
-    """A row whose held-out figures are these; its dev figures are worse and dearer, and have no
-    say."""
-    return Row(
-        mode,
-        threshold,
-        score=score / 2,
-        scores={},
-        layers=1.0,
-        flops=2 * flops,
-        skip_rate=[],
-        exit_histogram=[],
-        levels=None,
-        held_out=score,
-        held_out_flops=flops,
-        **more,
-    )
-
-
-ROWS = [
-    row("plain", 0.90, 1.0),
-    row("skip", 0.91, 0.5),
-    row("exit", 0.92, 0.8, 0.1),
-    row("exit", 0.901, 0.4, 0.2),
-    row("exit", 0.89, 0.2, 0.3),
-    row("both", 0.905, 0.3, 0.1),
-    row("both", 0.899, 0.25, 0.2),
-    row("both", 0.80, 0.1, 0.3),
-]
-
-
-@pytest.mark.parametrize(
-    "max_drop, speedup, exits, both",
-    [
-        (
-            0.5,
-            None,
-            0.2,
-            0.1,
-        ),  # exits at most half a point below plain's .90, both below skip's .91: .901 and .905
-        (1.0, None, 0.3, 0.1),
-        (2.5, None, 0.3, 0.2),
-        (-5.0, None, 0.1, 0.1),  # nobody gains five points: the best score
-        (1.0, 2.0, 0.2, 0.1),  # FLOPs at most .5: as near as can be
-        (1.0, 4.0, 0.3, 0.2),
-        (1.0, 50.0, 0.3, 0.3),
-    ],
-)  # none is as cheap as that: the cheapest
-def test_choice(max_drop, speedup, exits, both):
-    choose(ROWS, max_drop, speedup)
-    taken = [r for r in ROWS if r.chosen]
-    assert [(r.mode, r.threshold) for r in taken] == [
-        ("plain", None),
-        ("skip", None),
-        ("exit", exits),
-        ("both", both),
-    ]
-
-
-def test_a_target_is_used_up():
-    """Of the rows that reach a target speed-up the dearest, whatever its score."""
-    rows = [
-        row("plain", 0.95, 1.0),
-        row("skip", 0.95, 0.7),
-        row("both", 0.900, 0.4, 0.1),
-        row("both", 0.904, 0.2, 0.2),
-        row("both", 0.70, 0.6, 0.3),
-    ]
-    choose(rows, 0.5, 2.0)
-    assert [r.threshold for r in rows if r.chosen] == [None, None, 0.1]
-
-
-def test_score_at_the_same_cost():
-    """Between two points lies a mixture of them; outside of all points there is nothing."""
-    points = [(0.2, 0.6), (0.8, 0.9), (0.4, 0.8)]  # by hand
-    assert at_cost(points, 0.3) == pytest.approx(0.7)
-    assert at_cost(points, 0.6) == pytest.approx(0.85)
-    assert str(at_cost(points, 0.1)) == str(at_cost(points, 0.9)) == "nan"
-
-
-def test_threshold_is_chosen_on_held_out_data(finished, capsys):
-    """The marked rows are those that `choose` takes by held-out scores computed here anew; dev has
-    no say."""
-    ask = [str(finished), *"--thresholds 0.3 0.6 0.68 --repeats 0 --device cpu --criteria".split()]
-    evaluation.main(ask + ["--target-speedup", "2"])
-    assert "no criterion scores higher" in capsys.readouterr().out
-    result = json.loads((finished / "eval.json").read_text())
-    settings, model = train.load_run(finished, torch.device("cpu"))
-    training = data.load_task("toy")["train"].select(range(200))
-    held = data.encode(
-        data.load_tokenizer(finished), data.hold_out(training, 0.1, settings.seed)[1]
-    )
-    assert len(held) == 21        # 7 of each class
-    again = []
-    for r in result["rows"]:
-        mode, leave = r["mode"], None if r["threshold"] is None else entropy_below(r["threshold"])
-        batch = data.collate(held, list(range(21)))
-        outcome = infer(
-            model,
-            batch.ids,
-            batch.segment_ids,
-            batch.mask,
-            skip=mode in ("skip", "both"),
-            criterion=leave,
-        )
-        assert r["held_out"] == pytest.approx(
-            (outcome.logits.argmax(1) == batch.labels).float().mean().item()
-        )
-        tokens = batch.mask.sum(1)
-        share = (
-            evaluation.flops(model, tokens, outcome).sum()
-            / evaluation.plain_flops(model, tokens).sum()
-        )
-        again.append(row(mode, r["held_out"], share.item(), r["threshold"]))
-        assert r["held_out_flops"] == pytest.approx(share.item())
-    choose(again, speedup=2.0)
-    assert [r["chosen"] for r in result["rows"]] == [r.chosen for r in again]
-    # the criteria: all layers at the last one is plain BERT, and none is better than the oracle
-    others = result["criteria"]
-    last = next(r for r in others if r["criterion"] == "layer" and r["threshold"] == 6)
-    assert (last["score"], last["flops"], last["layers"]) == (
-        result["rows"][0]["score"],
-        pytest.approx(1),
-        6,
-    )
-    assert others[-1]["criterion"] == "oracle" and others[-1]["score"] == max(
-        r["score"] for r in others
-    )
-
-
-def test_a_target_out_of_reach_is_said(finished, capsys):
-    ask = "--thresholds 0.3 --repeats 0 --device cpu --target-speedup 99"
-    evaluation.main([str(finished), *ask.split()])
-    assert "no threshold reaches --target-speedup 99" in capsys.readouterr().out
-
-
-def test_own_sentences(finished, tmp_path, capsys, monkeypatch):
-    """--predict answers in the order of the lines, each as if it were alone; bad lines are refused
-    by number."""
-    lines = ["cat coin b ab", "dog ring a", "king pea c ab ac", "bear coin b"] * 3
-    path = tmp_path / "text"
-
-    def answers(text: str, source) -> str:
-        path.write_bytes(text.encode("latin-1"))
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode("latin-1"))))
-        evaluation.main(
-            [str(finished), "--device", "cpu", "--thresholds", "0.5", "--predict", str(source)]
-        )
-        return capsys.readouterr().out
-
-    _, model = train.load_run(finished, torch.device("cpu"))
-    tokenizer, wanted = data.load_tokenizer(finished), ""
-    for line in lines:
-        ids = torch.tensor([tokenizer.encode(line).ids])
-        outcome = infer(model, ids, torch.zeros_like(ids), ids > 0, criterion=entropy_below(0.5))
-        p = outcome.logits[0].softmax(0)
-        wanted += f"{'abc'[p.argmax()]}\t{p.max():.3f}\t{outcome.ran.sum()}\n"
-    assert answers("\n".join(lines) + "\n", path) == answers("\n".join(lines), "-") == wanted
-    for text, source, words in (
-        ("a\n\nb\n", "-", "example 2"),
-        ("a\tb\n", "-", "one sentence"),
-        ("", tmp_path / "no", "no"),
-        ("caf\u00e9\n", "-", "UTF-8"),
-        ("caf\u00e9\n", path, "UTF-8"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            answers(text, source)
-        printed = capsys.readouterr()
-        assert stop.value.code == 2 and words in printed.err and not printed.out
+def counted(function) -> int:
+    """torch's own count, with attention taken apart into products that it knows."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
 
 
 @torch.no_grad()
-def test_trace_tells_what_happened():
-    """Each layer's line against the outcome, its share against a loop over all parts."""
-    model, seen = tiny_model(), set()
-    ids, segment_ids, mask = tiny_batch()
-    for r in range(9):
-        S = int(mask[r].sum())
-        outcome = infer(
-            model,
-            ids[r : r + 1, :S],
-            segment_ids[r : r + 1, :S],
-            mask[r : r + 1, :S],
-            criterion=entropy_below(0.8),
-        )
-        *lines, answer = trace(
-            model, torch.tensor([S]), outcome, ("no", "maybe", "yes")
-        ).splitlines()[1:]
-        for i, line in enumerate(lines):
-            left = i + 1 == outcome.exit[0] < 5
-            what = (
-                "ran, exited"
-                if left
-                else "ran"
-                if outcome.ran[0, i]
-                else "skipped"
-                if i < outcome.exit[0]
-                else "not reached"
-            )
-            assert line.split()[0] == str(i + 1) and what in line and ("exited" in line) == left
-            seen.add(what)
-        assert f"{outcome.ran.sum()} of 5 layers run" in answer
-        assert ("no", "maybe", "yes")[outcome.logits[0].argmax()] in answer
-        tokens, spent = torch.tensor([S]), 0  # layer by layer, as a loop counts it
-        for i, line in enumerate(lines):
-            if not outcome.gates[0, i].isnan():
-                spent += auxiliary_flops(model.gates[i], tokens).item()
-            if outcome.ran[0, i]:
-                spent += layer_flops(model, tokens).item()
-            if not outcome.history[0, i, 0].isnan():
-                spent += auxiliary_flops(model.heads[i], tokens).item()
-            if "not reached" not in line:
-                share = spent / evaluation.plain_flops(model, tokens).item()
-                assert line.split()[-1] == f"{share:.1%}"
-        assert all(
-            f"{entropy(h):.3f}" in line
-            for h, line in zip(outcome.history[0], lines)
-            if not h[0].isnan()
-        )
-    assert seen == {"ran, exited", "ran", "skipped", "not reached"}
+def test_cost_is_what_torch_counts():
+    """Of a layer, a gate and a head, at several lengths; and of whole rows, as inference runs."""
+    model = tiny_model()
+    for S in (2, 7, 13):
+        h, tokens = torch.randn(1, S, 20), torch.tensor([S])
+        assert layer_flops(model, tokens).item() == counted(lambda: model.bert.layers[0](h, None))
+        for module in (model.gates[0], model.heads[0]):
+            assert auxiliary_flops(module, tokens).item() == counted(lambda: module(h, None))
+    for ids, segment_ids in alone(tiny_batch()):
+        row = ids, segment_ids, torch.ones_like(ids, dtype=torch.bool)
+        tokens = torch.tensor([ids.shape[1]])
+        assert plain_flops(model, tokens).item() == counted(lambda: model(*row))
+        for skip, threshold in product((True, False), (None, 0.8)):
+            def run():
+                return infer(model, *row, skip=skip, threshold=threshold)
+            assert flops(model, tokens, run()).sum().item() == counted(run)
 
 
-def test_trace_from_the_command_line(finished, capsys):
-    evaluation.main(
-        [str(finished), "--trace", "cat coin b ab", "--thresholds", "0.1", "--device", "cpu"]
-    )
-    printed = capsys.readouterr().out
-    assert "both at threshold 0.1" in printed and "\033" not in printed
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(finished), "--trace", "one", "two", "--device", "cpu"])
-    assert stop.value.code == 2 and "one sentence" in capsys.readouterr().err
+def test_cost_of_bert_base():
+    """22.35 GFLOPs for the 12 layers at 128 tokens: 24 S H^2 + 4 S^2 H each. Gates and heads are
+    H / 6 wide, so that one costs 2 % of a layer at any H."""
+    for H, W in {768: 128, 512: 88, 384: 64, 256: 40, 128: 24, 8: 16}.items():
+        with torch.device("meta"):
+            model = SmartBert(Bert(BertConfig(hidden_size=H)), classes=2)
+        assert model.gates[0].out.in_features == model.heads[0].out.in_features == W
+        if H == 768:
+            cost = 12 * layer_flops(model, torch.tensor([128])).item()
+            assert cost / 1e9 == pytest.approx(22.35, abs=0.005)
 
 
-def test_bytes_that_are_no_text_are_refused(finished, capsys):
-    """As a terminal of another encoding gives them: é in Latin-1."""
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(finished), "--trace", "caf\udce9", "--device", "cpu"])
-    assert stop.value.code == 2 and "example 1 is not UTF-8" in capsys.readouterr().err
+# --- Exits from a full pass ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("skip", [True, False])
+@torch.no_grad()
+def test_exits_applied_to_a_full_pass_give_what_inference_gives(skip):
+    """At every threshold and at none, which asks fewer heads than one that never fires."""
+    seen = set()
+    for seed, model in enumerate(models()):
+        batch = tiny_batch(seed)
+        full, asked = infer(model, *batch, skip=skip, all_heads=True), {}
+        for threshold in (None, 0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.09, 2.0):
+            leaves = None
+            if threshold is not None:
+                leaves = entropy(full.history) < threshold
+            ours, theirs = apply_exits(full, leaves), infer(model, *batch, skip=skip,
+                                                            threshold=threshold)
+            for name in ("exit", "ran", "gate_asked", "head_asked"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+            close(ours.logits, theirs.logits)
+            close(ours.history[theirs.head_asked], theirs.history[theirs.head_asked])
+            close(ours.gates[theirs.gate_asked], theirs.gates[theirs.gate_asked])
+            asked[threshold] = ours.head_asked.sum()
+            seen |= set(ours.exit.tolist())
+        assert asked[None] == 9 and asked[0.0] == full.head_asked.sum()
+    assert seen == {1, 2, 3, 4, 5}
 
 
-def test_a_closed_standard_input_is_said(finished, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(finished), "--predict", "-", "--device", "cpu"])
-    assert stop.value.code == 2 and "or - for stdin" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', '{"rows": [{"mode": "both"}]}'])
-def test_a_damaged_last_evaluation_is_said(finished, tmp_path, capsys, content):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "eval.json").write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(tmp_path / "run"), "--trace", "cat coin b", "--device", "cpu"])
-    assert stop.value.code == 2 and "eval.json is damaged" in capsys.readouterr().err
-
-
-def write_result(path: Path, rows: list[dict], **settings) -> Path:
-    """An eval.json of CoLA with these rows and settings."""
-    settings = {"task": "cola", "weights": "w"} | settings
-    content = {"task": "cola", "split": "dev", "partial": False, "settings": settings}
-    content["rows"] = rows
-    path.write_text(json.dumps(content))
-    return path
-
-
-def test_summary_is_mean_and_spread(tmp_path):
-    """Over the chosen rows of several seeds, by hand, and with another choice; a run with another
-    setting stands alone; another file is refused."""
-    scores, files = (0.5, 0.6, 0.9, 0.3), []
-    for i, score in enumerate(scores):
-        rows = [
-            vars(row("plain", 0.1, 1.0)),
-            vars(row("skip", 2 * score, 1.0)),
-            vars(row("both", 2 * score, score / 4, 0.2)),
-            vars(row("both", 2 * score, 0.9, 0.1)),
-            vars(row("both", 0.02, 0.01, 0.3)),
-        ]
-        budget = 0.5 if i < 3 else 0.4
-        files.append(write_result(tmp_path / f"{i}.json", rows, method="smartbert", seed=i,
-                                  budget=budget))
-    line, alone = [l for l in study.summary(study.read_study(files)).splitlines() if " both " in l]
-    mean, spread = statistics.mean(scores[:3]), statistics.stdev(scores[:3])
-    assert line.split()[-9:] == [
-        "smartbert",
-        "both",
-        "3",
-        f"{mean:.3f}",
-        "+-",
-        f"{spread:.3f}",
-        f"{mean / 2:.3f}",
-        "+-",
-        f"{spread / 2:.3f}",
-    ]
-    assert alone.split()[-5:] == ["budget=0.4", "both", "1", "0.300", "0.150"]
-    dear = [
-        l for l in study.summary(study.read_study(files, speedup=99)).splitlines() if " both " in l
-    ][0]
-    assert dear.split()[-6:] == ["0.010", "+-", "0.000", "0.020", "+-", "0.000"]
-    for i, score in enumerate((0.3, 0.4)):  # beside two plain BERTs of .35 on average
-        rows = [vars(row("plain", 2 * score, 1.0))]
-        files.append(write_result(tmp_path / f"bert{i}.json", rows, method="bert", seed=i))
-    lines = study.summary(study.read_study(files)).splitlines()
-    assert [l.split()[-1] for l in lines if " both " in l] == [
-        f"{100 * (mean - 0.35):+.1f}",
-        "-5.0",
-    ]
-    rows = [vars(row("plain", 0.1, 1.0)), vars(row("skip", 0.0, 1.0)),
-            vars(row("both", 0.5, 0.3, 0.2))]
-    poor = write_result(tmp_path / "poor.json", rows, method="smartbert", seed=9)
-    table = study.summary(study.read_study([poor]))     # both has no chosen row, so no line
-    assert " plain " in table and " both " not in table
-    good = json.loads(files[0].read_text())
-    spoilt = [
-        good | {"rows": good["rows"][1:]},
-        good | {"rows": [good["rows"][0] | {"mode": "half"}]},
-        good | {"rows": [good["rows"][0] | {"score": None}]},
-        good | {"settings": [1]},
-    ]
-    for content in ("[]", '{"rows": []}', *map(json.dumps, spoilt)):
-        (tmp_path / "x.json").write_text(content)
-        with pytest.raises(UserError, match="x.json"):
-            study.read_study([tmp_path / "x.json"])
-
-
-def test_the_shipped_results_are_whole():
-    """Every run in results/ takes part in the summary, and every toy figure of the README's table
-    stands in its file."""
-    folder = Path(__file__).parent.parent / "results"
-    for paths in sorted(folder.glob("*-*.json")), sorted(folder.glob("former/*.json")):
-        table = study.summary(study.read_study(paths)).splitlines()[1:-1]
-        seeds = [int(words[words.index("plain") + 1]) for words in map(str.split, table)
-                 if "plain" in words]                       # every run has that row
-        assert paths and sum(seeds) == len(paths)
-    rows = json.loads((folder / "toy-50.json").read_text())["rows"]
-    printed = (
-        (folder.parent / "README.md")
-        .read_text()
-        .split("in seconds\n")[1]
-        .split("\n...")[0]
-        .splitlines()
-    )
-    for line in printed:
-        mode, *numbers = (word.removesuffix("x") for word in line.removesuffix("*").split())
-        r = next(
-            r
-            for r in rows
-            if r["mode"] == mode and (len(numbers) == 6 or f"{r['threshold']:g}" == numbers[0])
-        )
-        speed = [1 / r["flops"], rows[0]["seconds"] / r["seconds"]]
-        assert numbers[-6:] == [
-            f"{r['score']:.3f}",
-            f"{r['held_out']:.3f}",
-            f"{r['layers']:.2f}",
-            f"{r['flops']:.3f}",
-            *(f"{value:.2f}" for value in speed),
-        ]
-
-
-def test_pictures(finished, capsys):
-    """Where matplotlib is installed: five PNG files; where not: one line that says how to get
+@pytest.mark.parametrize("mode, threshold", [
+    ("plain", None), ("skip", None), ("exit", 0.0), ("exit", 0.7), ("both", 0.7), ("both", 2.0)])
+@torch.no_grad()
+def test_a_result_by_hand(mode, threshold):
+    """From the ways of the single examples. A layer's skip rate is a share of those who reached
     it."""
-    ask = "--plot --criteria --repeats 0 --thresholds 0.2 0.5 --device cpu"
-    ask = [str(finished), *ask.split()]
-    if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main(ask)
-        assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-        pytest.skip("matplotlib is not installed: the message is tested, the pictures are not")
-    evaluation.main(ask)
-    for name in ("score", "layers", "examples", "training", "criteria"):
-        assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((finished / "eval.json").read_text())
-    files = [finished / "eval.json", finished / "bert.json"]
-    command = ["--plot", *map(str, files)]
-    with pytest.raises(SystemExit) as stop:  # of a study: nothing to compare with
-        study.main(command[:-1])
-    assert stop.value.code == 2 and "--method bert" in capsys.readouterr().err
-    data.write_json(
-        files[1],
-        result | {"rows": result["rows"][:1], "settings": result["settings"] | {"method": "bert"}},
-    )
-    study.main(command)
-    assert (finished / "study.png").read_bytes().startswith(b"\x89PNG")
+    model, split, task = certain_model(), tiny_split(30), data.TASKS["mrpc"]
+    point = Point(mode, threshold)
+    got = measure_all(model, split, task, full_passes(CPU, model, split), [point])[point]
+    limit = -1.0 if threshold is None else threshold        # no entropy is below -1
+    reached, skipped, left, ways, cost, plain = [0] * 5, [0] * 5, [0] * 5, [], 0, 0
+    for ids, label, level in zip(split.ids, split.labels, split.levels):
+        ids = torch.from_numpy(ids)[None]
+        logits, ran, exit = infer_one(model, ids, 0 * ids, limit, point.gated)
+        for layer in range(1, exit + 1):
+            reached[layer - 1] += 1
+            skipped[layer - 1] += layer not in ran
+        left[exit - 1] += 1
+        ways.append((level, logits[0].argmax().item(), label, len(ran)))
+        tokens = torch.tensor(ids.shape[1])
+        gate, head = (auxiliary_flops(m[0], tokens) for m in (model.gates, model.heads))
+        gates = exit if point.gated else 0                  # before each layer that is reached
+        heads = len({*ran, exit})                           # after each that ran, and at the end
+        if threshold is None:
+            heads = 1
+        cost += (len(ran) * layer_flops(model, tokens) + gates * gate + heads * head).item()
+        plain += (5 * layer_flops(model, tokens) + head).item()
+    assert got.skip_rate == pytest.approx([s / max(r, 1) for s, r in zip(skipped, reached)])
+    assert got.exit_histogram == left
+    assert got.scores == data.scores(task, [a for _, a, *_ in ways], split.labels)
+    assert got.score == got.scores["f1"] != got.scores["accuracy"]
+    assert got.layers == pytest.approx(sum(layers for *_, layers in ways) / 30)
+    assert got.flops == pytest.approx(cost / plain)
+    assert [each["level"] for each in got.levels] == [0, 1, 3]
+    for each in got.levels:
+        of = [(a == y, layers) for level, a, y, layers in ways if level == each["level"]]
+        assert each["examples"] == len(of)
+        assert each["accuracy"] == pytest.approx(sum(right for right, _ in of) / len(of))
+        assert each["layers"] == pytest.approx(sum(layers for _, layers in of) / len(of))
 
 
-@pytest.mark.parametrize("gates", [True, False])
+# --- The choice of a threshold ------------------------------------------------------------------
+
 @torch.no_grad()
-def test_a_cut_walk_is_what_inference_gives(gates):
-    """For each exit criterion and none: layers, exits, gates asked, heads met and answers of every
-    row."""
-    labels, left = torch.arange(9) % 3, set()
-    ways = [
-        OperatingPoint("exit", 0.3),
-        OperatingPoint("exit", 0.9),
-        OperatingPoint("exit", 2.0),
-        OperatingPoint("exit", 0.42, "probability"),
-        OperatingPoint("plain"),
-        OperatingPoint("exit", 1, "patience"),
-        OperatingPoint("exit", 2, "patience"),
-        OperatingPoint("exit", 3, "layer"),
-        OperatingPoint("exit", None, "oracle"),
-    ]
-    for seed in range(4):
-        model, batch = tiny_model(seed), tiny_batch(seed)
-        walked = infer(model, *batch, skip=gates, criterion=never)
-        for way in ways:
-            ours, theirs = (
-                cut(walked, way.exit_criterion(labels)),
-                infer(model, *batch, skip=gates, criterion=way.exit_criterion(labels)),
-            )
-            assert torch.equal(ours.ran, theirs.ran) and torch.equal(ours.exit, theirs.exit)
-            for name in ("logits", "gates", "history"):
-                torch.testing.assert_close(
-                    getattr(ours, name),
-                    getattr(theirs, name),
-                    rtol=1e-4,
-                    atol=1e-5,
-                    equal_nan=True,
-                )
-            left |= set(theirs.exit.tolist())
-    assert min(left) < 3  # or this test would show little
+def test_quantiles_of_the_entropies_that_were_seen():
+    """By heads 1 .. 4, where they were asked."""
+    split = tiny_split(30)
+    for gated, full in full_passes(CPU, tiny_model(), split).items():
+        asked = full.head_asked & torch.tensor([True, True, True, True, False])
+        seen = Categorical(logits=full.history[asked]).entropy()
+        expected = seen.quantile(torch.linspace(0, 1, 250))
+        points = quantiles("both" if gated else "exit", full)
+        assert {point.gated for point in points} == {gated}
+        found = torch.tensor([point.threshold for point in points])
+        distance = (found[:, None] - expected).abs() / expected
+        assert distance.amin(0).max() < 1e-3 and distance.amin(1).max() < 1e-3
+    skips_all = full_passes(CPU, models()[2], split)[True]
+    assert quantiles("both", skips_all) == []
 
 
-def test_the_threshold_meets_its_target(finished):
-    """Chosen from the fine grid, it saves what was asked for on the held-out rows, and stands in
-    the table."""
-    ask = "--repeats 0 --device cpu --target-speedup 2 --max-drop 100"
-    evaluation.main([str(finished), *ask.split()])
-    result = json.loads((finished / "eval.json").read_text())
-    for mode in ("exit", "both"):
-        rows = [r for r in result["rows"] if r["mode"] == mode]
-        assert sum(r["chosen"] for r in rows) == 1 and rows == sorted(
-            rows, key=lambda r: r["threshold"]
-        )
-        chosen = next(r for r in rows if r["chosen"])
-        assert chosen["held_out_flops"] <= 0.5
-        assert {"threshold", "score", "flops"} < result["curve"][0].keys()
+def result(score: float, flops: float) -> Result:
+    return Result(score, {}, 0.0, flops, [], [], [])
 
 
-def test_nothing_is_chosen_where_the_held_out_score_is_0():
-    """A lucky threshold on a model that learned nothing does not count."""
-    rows = [row("plain", 0.0, 1.0), row("exit", 0.02, 0.3, 0.1), row("exit", 0.0, 0.2, 0.2)]
-    rows[1].chosen = True                                   # as a file may say
-    choose(rows)
-    assert not any(r.chosen for r in rows)
-    assert any("no threshold chosen" in line for line in evaluation.warnings(rows, 0.0))
+@pytest.mark.parametrize("without, speedup, chosen", [
+    (0.90, None, [0.2]),                        # the cheapest that loses at most half a point
+    (0.93, None, [0.1]), (0.92, None, [0.1]),   # .92 is the best score; .896 is too low
+    (0.90, 1.0, [0.1]), (0.90, 2.0, [0.2]), (0.90, 4.0, [0.3]),     # at most 1 / speed-up
+    (0.90, 50.0, [0.4]),                        # no point is as cheap as that: the cheapest
+    (0.0, None, []), (-0.1, 2.0, [])])          # without exits it has learned nothing
+def test_choice(without, speedup, chosen):
+    tried = {Point("both", 0.1): result(0.92, 0.8), Point("both", 0.4): result(0.5, 0.1),
+             Point("both", 0.2): result(0.896, 0.4), Point("both", 0.3): result(0.894, 0.2)}
+    points = choose(tried, result(without, 1.0), speedup)
+    assert [point.threshold for point in points] == chosen
+
+
+def test_no_choice_where_no_score_differs():
+    tried = {Point("exit", 0.1): result(0.9, 0.8), Point("exit", 0.2): result(0.9, 0.3)}
+    assert choose(tried, result(0.9, 1.0), None) == choose({}, result(0.9, 1.0), 2.0) == []
+
+
+# --- Seconds and the table ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("repeats, expected", [(3, [3, 50]), (0, [100, 200])])
+def test_seconds_are_the_median_after_a_pass_to_warm_up(monkeypatch, repeats, expected):
+    """A clock by hand: the points take turns, on 1,000 examples; 0 passes: the one to warm up."""
+    ticks, calls = [], []
+    for i, seconds in enumerate([100, 200, 1, 20, 7, 90, 3, 50]):
+        ticks += [1000 * i, 1000 * i + seconds]
+    def noted(model, ids, segment_ids, mask, skip, threshold):
+        calls.append((len(ids), skip, threshold))
+        return SimpleNamespace(exit=torch.zeros(1))
+    monkeypatch.setattr(evaluation, "infer", noted)
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: ticks.pop(0)))
+    points = [Point("plain"), Point("both", 0.5)]
+    got = evaluation.seconds(CPU, None, tiny_split(1005), points, repeats)
+    assert got == dict(zip(points, expected))
+    assert calls == [(1000, False, None), (1000, True, 0.5)] * (1 + repeats)
+
+
+def row(mode: str, threshold: float | None = None, **more) -> dict:
+    usual = dict(mode=mode, threshold=threshold, chosen=False, held_out=0.65, held_out_flops=0.4,
+                 seconds=0.0, score=0.7, layers=2.0, flops=0.5, levels=[], skip_rate=[0.25, 0.0],
+                 exit_histogram=[3, 1])
+    return usual | more
+
+
+def test_the_table_by_hand():
+    """Speed-ups are plain's FLOPs and seconds over the row's; the note under the table tells the
+    one on held-out data, which the star was chosen by."""
+    rows = [row("plain", flops=1.0, seconds=4.0, held_out=None), row("both", 0.3),
+            row("exit", 0.2, flops=0.25, seconds=2.0, chosen=True)]
+    _, plain, both, exits, note, star = table(rows, "f1", 2).splitlines()
+    assert plain.split() == ["plain", "0.700", "2.00", "1.000", "1.00x", "1.00x"]
+    assert both.split() == ["both", "0.3", "0.700", "0.650", "2.00", "0.500", "2.00x"]
+    assert exits.split() == "exit 0.2 0.700 0.650 2.00 0.250 4.00x 2.00x *".split()
+    assert "2 layers" in note and star.startswith("* exit at 0.2: 2.50x in FLOPs on the held-out")
+
+
+def test_the_bars_by_hand():
+    levels = [{"level": 3, "examples": 12, "accuracy": 0.75, "layers": 1.5}]
+    lines = [line.split() for line in bars(row("exit", 0.2, levels=levels)).splitlines()]
+    assert lines[2:4] == [["1", "#" * 5, "25%", "#" * 15, "75%"], ["2", "0%", "#" * 5, "25%"]]
+    assert lines[-1] == ["3", "12", "0.750", "1.50"]
+
+
+# --- Whole evaluations --------------------------------------------------------------------------
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Of 1 to 9 of the toy's words."""
+    rng = random.Random(seed)
+    words = data.OWNERS + data.THINGS
+    return [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(count)]
+
+
+def write_tsv(path, header: str, *columns: list):
+    lines = ["\t".join(map(str, row)) for row in zip(*columns)]
+    data.write_text(path, "\n".join([header, *lines]))
+
+
+def wordy_model(**shape) -> SmartBert:
+    """A tiny model with an embedding for each of the toy's words."""
+    model = tiny_model(**shape)
+    model.bert.config.vocab_size = 59
+    model.bert.embeddings.word = nn.Embedding(59, 20)
+    return model
+
+
+def make_run(folder, *flags: str, task: str = "sst2", model=None, **kind):
+    """A run as train.py leaves it, of an untrained model. 8 of 100 labels are 1 for SST-2."""
+    place = folder / "SST-2"
+    if task == "sst2" and not place.is_dir():
+        labels = [int(i % 13 == 1) for i in range(100)]
+        write_tsv(place / "train.tsv", "sentence\tlabel", sentences(100, 1), labels)
+        write_tsv(place / "dev.tsv", "sentence\tlabel", sentences(25, 2), [0, 1, 0, 1, 0] * 5)
+    if task != "toy":
+        flags = ("--data-dir", str(folder), *flags)
+    settings = train.parse(["--task", task, "--out", str(folder / "run"), *flags])
+    model = model or wordy_model(classes=len(data.TASKS[task].labels))
+    digest = data.digest(data.load_task(task, settings.data_dir)["train"])
+    kind = {"gates": True, "exits": True, "finished": True} | kind
+    run = train.Run(folder / "run", settings, digest, config=asdict(model.bert.config), **kind)
+    data.write_text(run.folder / "tokenizer.json", data.toy_tokenizer().to_str())
+    train.save_run(run, model)
+    return run.folder
+
+
+def evaluated(run, *flags: str) -> dict:
+    evaluation.main([str(run), "--repeats", "0", "--device", "cpu", *flags])
+    return json.loads((run / "eval.json").read_text())
+
+
+def tried_one_by_one(model, split, points) -> dict:
+    """Score and share of plain's FLOPs at each point, by real inference."""
+    batch, results = data.collate(split, range(len(split))), {}
+    tokens = batch.mask.sum(1)
+    for point in points:
+        outcome = infer(model, *batch.inputs, skip=point.gated, threshold=point.threshold)
+        score = (outcome.logits.argmax(1) == batch.labels).float().mean().item()
+        share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
+        results[point] = result(score, share.item())
+    return results
+
+
+@torch.no_grad()
+def test_the_threshold_is_chosen_on_held_out_data(tmp_path, capsys):
+    """A run where dev data, plain BERT's score as the reference, or the most expensive of the good
+    points would give other thresholds. Every figure and every choice by real inference."""
+    model, tokenizer = wordy_model(classes=2, layers=4), data.toy_tokenizer()
+    for name, ways in {"train": [(-1.0, False), (0.5, True)], "dev": [(-1.0, True)]}.items():
+        texts, answers = sentences(50, len(ways)), []       # labels: what the model says, in turns
+        for text, (threshold, skip) in zip(texts, cycle(ways)):
+            ids = torch.tensor([tokenizer.encode(text).ids])
+            answers.append(infer_one(model, ids, 0 * ids, threshold, skip)[0].argmax().item())
+        write_tsv(tmp_path / f"SST-2/{name}.tsv", "sentence\tlabel", texts, answers)
+    run = make_run(tmp_path, "--held-out", "0.5", model=model)
+    content, printed = evaluated(run), capsys.readouterr().out
+    splits = data.load_task("sst2", tmp_path)
+    held = data.encode(tokenizer, data.hold_out(splits["train"], 0.5, 50)[1])
+    dev = data.encode(tokenizer, splits["dev"])
+    rows, curve = [{Point(each["mode"], each["threshold"]): each for each in content[name]}
+                   for name in ("rows", "curve")]
+    on_held = tried_one_by_one(model, held, rows | curve)
+    for point, found in tried_one_by_one(model, dev, [*rows, *list(curve)[::20]]).items():
+        each = (rows | curve)[point]
+        assert (each["score"], each["flops"]) == pytest.approx((found.score, found.flops))
+    for point, each in rows.items():
+        assert (each["held_out"], each["held_out_flops"]) == pytest.approx(
+            (on_held[point].score, on_held[point].flops))
+    on_dev = {p: result(each["score"], each["flops"]) for p, each in (rows | curve).items()}
+    fast = evaluated(run, "--target-speedup", "2")["rows"]
+    for mode, without in ("exit", Point("plain")), ("both", Point("skip")):
+        points = [point for point in curve if point.mode == mode]
+        def good(results, reference):
+            best = max(results[point].score for point in points)
+            limit = min(results[reference].score - 0.005, best)
+            found = [point for point in points if results[point].score >= limit]
+            return sorted(found, key=lambda point: results[point].flops)
+        star, *_, dearest = good(on_held, without)
+        assert [point for point in rows if rows[point]["chosen"] and point.mode == mode] == [star]
+        assert star not in (dearest, good(on_dev, without)[0])      # or this would show little
+        assert mode == "exit" or star != good(on_held, Point("plain"))[0]
+        assert f"{mode} at {star.threshold:g}: {1 / on_held[star].flops:.2f}x in FLOPs" in printed
+        assert rows[star]["seconds"] > 0
+        reached = max(on_held[p].flops for p in points if on_held[p].flops <= 0.5)
+        [taken] = [each for each in fast if each["chosen"] and each["mode"] == mode]
+        assert taken["held_out_flops"] == pytest.approx(reached)
+
+
+@pytest.mark.parametrize("kind, flags, asked, modes, stars", [
+    ({}, [], [], "plain skip exit both", 2),
+    ({"gates": False}, [], [], "plain exit", 1),
+    ({"exits": False}, [], [], "plain skip", 0),
+    ({"gates": False, "exits": False}, [], [], "plain", 0),                 # plain BERT
+    ({}, [], ["--thresholds", "0.5", "0.1"], "plain skip exit both", 0),    # the user's own
+    ({}, ["--held-out", "0.06"], [], "plain skip exit both", 0),            # six rows of one class
+    ({}, ["--held-out", "0"], [], "plain skip exit both", 0)])
+def test_every_kind_of_run(tmp_path, kind, flags, asked, modes, stars):
+    """Its modes and thresholds, the stars last; which names eval.json has."""
+    content = evaluated(make_run(tmp_path, *flags, **kind), *asked)
+    rows = content.pop("rows")
+    thresholds = [0.5, 0.1] if asked else [0.014, 0.035, 0.069, 0.139, 0.208, 0.277, 0.416, 0.555]
+    expected = [(mode, None) for mode in modes.split() if mode in ("plain", "skip")]
+    for mode in modes.split()[len(expected):]:
+        expected += [(mode, threshold) for threshold in thresholds]
+    usual = rows[:len(rows) - stars]
+    assert [(each["mode"], each["threshold"]) for each in usual] == expected
+    assert [each["chosen"] for each in rows] == [False] * len(usual) + [True] * stars
+    assert all((each["held_out"] is None) == ("0" in flags) for each in rows)
+    if "0" not in flags:
+        assert {each["mode"] for each in content["curve"]} == set(modes.split()) & {"exit", "both"}
+    assert " ".join(rows[0]) == (
+        "mode threshold score scores layers flops skip_rate exit_histogram levels criterion "
+        "chosen held_out held_out_flops seconds")
+    assert content.pop("settings")["task"] == "sst2" and rows[0]["criterion"] == "entropy"
+    assert content.pop("curve") is not None and content == {
+        "task": "sst2", "split": "dev", "partial": False, "metric": "accuracy", "examples": 25,
+        "majority": 15 / 25, "layers": 5}
+
+
+def test_the_toy(tmp_path, capsys):
+    content = evaluated(make_run(tmp_path, task="toy", exits=False))
+    levels = [each["level"] for each in content["rows"][-1]["levels"]]
+    assert levels == [0, 1, 2] and content["examples"] == 900 and content["majority"] == 1 / 3
+    printed, rows = capsys.readouterr().out, content["rows"]
+    assert table(rows, "accuracy", 5) in printed and bars(rows[-1]) in printed
+
+
+def test_both_dev_sets_of_mnli(tmp_path, capsys):
+    """Each in a file of its own; not the GLUE task where the training data are partial."""
+    for name in "train.partial", "dev_matched", "dev_mismatched":
+        write_tsv(tmp_path / f"MNLI/{name}.tsv", "sentence1\tsentence2\tgold_label",
+                  sentences(30, 3), sentences(30, 4), 10 * data.TASKS["mnli"].labels)
+    run = make_run(tmp_path, "--max-length", "12", task="mnli")
+    evaluated(run)
+    for name, split in ("eval", "dev_matched"), ("eval-dev_mismatched", "dev_mismatched"):
+        content = json.loads((run / f"{name}.json").read_text())
+        assert (content["split"], content["partial"], content["examples"]) == (split, True, 30)
+    assert capsys.readouterr().out.count("partial data: not the GLUE task") == 2
+
+
+def test_bfloat16_where_training_was(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate",
+                        lambda *asked: seen.append(torch.is_autocast_enabled("cpu")))
+    for flags in [], ["--bf16"]:
+        evaluation.main([str(make_run(tmp_path, *flags)), "--device", "cpu"])
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "disk full")])
+def test_files_before_words(tmp_path, monkeypatch, refused, error):
+    """Where nothing can be printed, the figures are stored all the same."""
+    def write(text):
+        raise error
+
+    run = make_run(tmp_path)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    refused(evaluation.main, [run, "--repeats", "0"], "eval.py")
+    assert len(json.loads((run / "eval.json").read_text())["rows"]) == 20
+
+
+def test_what_is_refused(tmp_path, refused):
+    """In a line that says what to do."""
+    advice = f"python results/criteria.py {tmp_path / 'run'} --criterion patience"
+    refused(evaluation.main, [make_run(tmp_path, criterion="patience")], advice)
+    refused(evaluation.main, [make_run(tmp_path, finished=False)], "--resume")
+    run = make_run(tmp_path)
+    for flags in (["--thresholds", "-1"], ["--target-speedup", "0.5"], ["--repeats", "-1"],
+                  ["--thresholds", "0.3", "--target-speedup", "2"]):
+        refused(evaluation.main, [run, *flags], flags[0])
+    moved = (tmp_path / "SST-2").rename(tmp_path / "moved")
+    refused(evaluation.main, [run], "train.tsv")
+    evaluated(run, "--data-dir", str(moved))
+    with open(moved / "train.tsv", "a") as file:
+        file.write("\ncat\t1\n")
+    refused(evaluation.main, [run, "--data-dir", moved], "another train.tsv")

@@ -1,219 +1,79 @@
-"""Gates, hard weight, contrast, dynamic inference and its cost, against brute force on tiny odd
-sizes."""
+"""Gates, heads, losses and dynamic inference: against loops on tiny odd sizes, and against numbers
+of the authors' release.
+
+fixtures/release.npz holds what HuBoren99/SmartBert @5623774, its modules unchanged, computes on
+random weights: 5 layers, 24 wide, 3 heads, gates and heads 12 wide, 3 classes, batch of 7, no
+dropout, lambda .4, eta1 .03, eta2 .2, tau1 .5, tau2 .55. "padded" has padding, "full" has none.
+"""
 
 import copy
 import math
+import random
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_batch, tiny_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from smartbert import (
-    ClsAttention,
-    Outcome,
-    SmartBert,
-    auxiliary_flops,
-    contrast,
-    entropy,
-    entropy_below,
-    first_correct,
-    fixed_layer,
-    flops,
-    gate_width,
-    gated_forward,
-    hard_weight,
-    infer,
-    infer_one,
-    layer_flops,
-    patience,
-    phase1_loss,
-    phase2_loss,
-    plain_flops,
-    probability_above,
-    skip_penalty,
-)
+from bert import Bert, BertConfig, to_our_names
+from data import Split, pools
+from smartbert import (ExitHead, Gate, SmartBert, contrast, entropy, full_batches, gated_forward,
+                       hard_weight, infer, infer_one, infer_pools, phase1_loss, phase2_loss,
+                       projection, skip_penalty)
+
+STORED = np.load(Path(__file__).parent / "fixtures/release.npz")
+RELEASE = {name: torch.from_numpy(value) for name, value in STORED.items()}
+RELEASE["input/full_mask"] = torch.ones(7, 11)
 
 
-def one_by_one(model: SmartBert, ids, segment_ids, mask, skip: bool, decide) -> Outcome:
-    """The method as the paper tells it: one example, one layer after the other. decide: from the
-    list of the probabilities that the row's heads gave so far, layer and row -> leave?"""
-    L, N = len(model.gates), len(ids)
-    logits, ran, exits = [], torch.zeros(N, L, dtype=torch.bool), torch.full((N,), L)
-    gates, history = torch.full((N, L), torch.nan), torch.full((N, L, 3), torch.nan)
-    for row in range(N):
-        S = int(mask[row].sum())
-        h, met = model.bert.embeddings(ids[row : row + 1, :S], segment_ids[row : row + 1, :S]), []
-        for i in range(L):
-            if skip:
-                gates[row, i] = model.gates[i](h, None).item()
-                if gates[row, i] >= 0.5:
-                    continue
-            h = model.bert.layers[i](h, None)
-            ran[row, i] = True
-            if decide is None:
-                continue
-            answer = model.heads[i](h, None)[0]
-            history[row, i] = answer[0]
-            met.append(answer.softmax(-1)[0].tolist())
-            if i < L - 1 and decide(met, i + 1, row):
-                exits[row] = i + 1
-                break
-        else:
-            answer = model.heads[-1](h, None)[0]
-            history[row, -1] = answer[0]
-        logits.append(answer)
-    return Outcome(torch.cat(logits), ran, exits, gates, history)
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
-def unsure_below(threshold):
-    return lambda met, layer, row: -sum(x * math.log(x) for x in met[-1]) < threshold
+def alone(batch) -> list[tuple]:
+    """Each row of a batch by itself, without its padding: ids, segment_ids (1, S)."""
+    ids, segment_ids, mask = batch
+    return [(ids[row:row + 1, :S], segment_ids[row:row + 1, :S])
+            for row, S in enumerate(mask.sum(1).tolist())]
 
 
-def assert_same(ours: Outcome, theirs: Outcome) -> None:
-    assert torch.equal(ours.ran, theirs.ran)
-    assert torch.equal(ours.exit, theirs.exit)
-    for name in ("logits", "gates", "history"):
-        torch.testing.assert_close(
-            getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, equal_nan=True
-        )
+def layers_of(row: torch.Tensor) -> list[int]:
+    """(L,) bool -> the layers that are True, counted from 1."""
+    return (row.nonzero().flatten() + 1).tolist()
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("threshold", [None, 0.3, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("batch_tokens", [1, 40, 999])
-@torch.no_grad()
-def test_a_pool_goes_as_each_of_its_rows_alone(seed, skip, threshold, batch_tokens):
-    """Logits, layers run and exit layer of every row equal the one-example-at-a-time reference."""
-    model, batch = tiny_model(seed), tiny_batch(seed, rows=11)
-    leave = None if threshold is None else entropy_below(threshold)
-    ours = infer(model, *batch, skip=skip, criterion=leave, batch_tokens=batch_tokens)
-    assert_same(
-        ours,
-        one_by_one(model, *batch, skip, None if threshold is None else unsure_below(threshold)),
-    )
-    if skip and threshold is None:
-        assert 0 < ours.ran.float().mean() < 1  # or this test would show little
-    if threshold == 2.0:  # above ln C everybody leaves: the pool empties early
-        assert (ours.exit[ours.ran.any(1)] < 5).any()
+def tiny_split(rows: int) -> Split:
+    """An encoded split of random tokens: lengths 3 .. 9, three classes, levels 0, 1, 3."""
+    rng = random.Random(0)
+    ids = [rng.choices(range(1, 41), k=rng.randint(3, 9)) for _ in range(rows)]
+    return Split("dev", [("", None)] * rows, [i % 3 for i in range(rows)],
+                 levels=[(0, 1, 3)[i // 2 % 3] for i in range(rows)],
+                 ids=[np.array(row, np.int32) for row in ids],
+                 segment_ids=[np.zeros(len(row), np.uint8) for row in ids])
 
 
-@torch.no_grad()
-def test_without_gates_and_exits_it_is_the_plain_encoder():
-    model, batch = tiny_model(), tiny_batch()
-    outcome = infer(model, *batch, skip=False, criterion=None, batch_tokens=40)
-    torch.testing.assert_close(outcome.logits, model(*batch), rtol=1e-4, atol=1e-5)
-    assert outcome.ran.all() and (outcome.exit == 5).all()
+def soft_model(**more) -> SmartBert:
+    """A tiny model whose gates are near an even chance, so that soft and hard ones differ."""
+    model = tiny_model(**more)
+    for gate in model.gates:
+        nn.init.normal_(gate.out.weight, std=0.3)
+    return model
 
 
-@pytest.mark.parametrize("shut", [[0, 1, 2, 3, 4], [2], [4], [0, 4]])
-@torch.no_grad()
-def test_layers_that_nobody_runs(shut):
-    """Rows that skip every layer, a layer that nobody runs, a last layer that is skipped: all take
-    the last head."""
-    model, batch = tiny_model(), tiny_batch()
-    for i, gate in enumerate(model.gates):
-        gate.out.weight.zero_()
-        gate.out.bias.fill_(5.0 if i in shut else -5.0)
-    for threshold in (None, 0.7):
-        leave = None if threshold is None else entropy_below(threshold)
-        outcome = infer(model, *batch, criterion=leave, batch_tokens=40)
-        assert_same(
-            outcome,
-            one_by_one(
-                model, *batch, True, None if threshold is None else unsure_below(threshold)
-            ),
-        )
-        assert not outcome.ran[:, shut].any()
+# --- Modules ------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0, 2.0])
-@torch.no_grad()
-def test_one_example_and_many_agree(skip, threshold):
-    """infer_one, the method as the paper tells it, and the pooled version: answers, layers and
-    exits of every row."""
-    model, (ids, segment_ids, mask) = tiny_model(), tiny_batch()
-    outcome = infer(
-        model,
-        ids,
-        segment_ids,
-        mask,
-        skip=skip,
-        criterion=entropy_below(threshold),
-        batch_tokens=40,
-    )
-    for row, S in enumerate(mask.sum(1).tolist()):
-        logits, ran, exit = infer_one(
-            model, ids[row : row + 1, :S], segment_ids[row : row + 1, :S], threshold, skip
-        )
-        torch.testing.assert_close(logits[0], outcome.logits[row], rtol=1e-4, atol=1e-5)
-        assert (
-            ran == (outcome.ran[row].nonzero().squeeze(1) + 1).tolist()
-            and exit == outcome.exit[row]
-        )
-
-
-def argmax(p: list[float]) -> int:
-    return p.index(max(p))
-
-
-LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 2]
-CRITERIA = {  # ours, and the same in words for one row
-    "probability": (probability_above(0.42), lambda met, layer, row: max(met[-1]) > 0.42),
-    "patience 1": (
-        patience(1),
-        lambda met, layer, row: len(met) > 1 and argmax(met[-1]) == argmax(met[-2]),
-    ),
-    "patience 2": (
-        patience(2),
-        lambda met, layer, row: len(met) > 2 and len({argmax(p) for p in met[-3:]}) == 1,
-    ),
-    "layer": (fixed_layer(3), lambda met, layer, row: layer >= 3),
-    "oracle": (
-        first_correct(torch.tensor(LABELS)),
-        lambda met, layer, row: argmax(met[-1]) == LABELS[row],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CRITERIA)
-@pytest.mark.parametrize("skip", [True, False])
-@torch.no_grad()
-def test_criteria(name, skip):
-    left = set()
-    for seed in range(4):
-        model, batch, (ours, theirs) = tiny_model(seed), tiny_batch(seed), CRITERIA[name]
-        outcome = infer(model, *batch, skip=skip, criterion=ours, batch_tokens=40)
-        assert_same(outcome, one_by_one(model, *batch, skip, theirs))
-        left |= set(outcome.exit.tolist())
-    assert min(left) < 5  # or this test would show nothing
-
-
-def test_only_the_cls_query_is_needed():
-    """The [CLS] row of full multi-head attention over all queries, written out, is what gates and
-    heads compute."""
-    torch.manual_seed(0)
-    body, h = ClsAttention(20, 12, heads=3, dropout=0.1).eval(), torch.randn(4, 7, 20)
-    mask = torch.arange(7) < torch.tensor([7, 5, 2, 1])[:, None]
-    z = torch.tanh(body.inner(h))
-    q, (k, v) = body.query(z), body.key_value(z).chunk(2, dim=-1)
-    full = torch.zeros(4, 7, 12)
-    for head in range(3):
-        part = slice(4 * head, 4 * head + 4)
-        s = (q[..., part] @ k[..., part].transpose(1, 2) / 2).masked_fill(
-            ~mask[:, None], -torch.inf
-        )
-        full[..., part] = s.softmax(-1) @ v[..., part]
-    torch.testing.assert_close(body(h, mask)[0], full[:, 0])
-
-
-def test_width_is_a_sixth():
-    sizes = (768, 512, 384, 256, 128, 96, 48, 8)
-    assert [gate_width(H) for H in sizes] == [128, 88, 64, 40, 24, 16, 16, 16]
+def test_a_new_gate_says_what_its_bias_says():
+    """-2 unless told otherwise: g = .12, so layers run at first."""
+    bert = tiny_model().bert
+    for model, bias in (SmartBert(bert, 3), -2.0), (SmartBert(bert, 3, gate_bias=1.0), 1.0):
+        nn.init.zeros_(model.gates[2].out.weight)
+        g = model.gates[2](torch.randn(2, 4, 20), None)
+        assert g.tolist() == pytest.approx(2 * [1 / (1 + math.exp(-bias))])
 
 
 def test_hard_weight_is_exact_forward_and_soft_backward():
@@ -225,148 +85,399 @@ def test_hard_weight_is_exact_forward_and_soft_backward():
     assert torch.equal(g.grad, weights)
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_gated_walk_mixes_input_and_output(hard):
-    """h_i = (1 - g_i) layer_i(h_{i-1}) + g_i h_{i-1}; hard gates give what inference gives."""
-    model, batch = tiny_model(), tiny_batch()
-    inputs, outputs, h, soft, used = gated_forward(model, *batch, hard=hard)
-    for i in range(5):
-        after = inputs[i + 1] if i < 4 else h
-        torch.testing.assert_close(
-            after, (1 - used[:, i, None, None]) * outputs[i] + used[:, i, None, None] * inputs[i]
-        )
-    assert torch.equal(used, (soft >= 0.5).float() if hard else soft)
-    if hard:
-        assert torch.equal(infer(model, *batch, criterion=None).ran, used == 0)
+# --- The losses ---------------------------------------------------------------------------------
 
-
-@torch.no_grad()
-def test_rows_in_full_run_every_layer():
-    """Whatever their gates say. With a share of 1 these are all rows, with .5 some of 64; the
-    gates that are returned, which the budget counts, stay as they were."""
-    model, batch = tiny_model(), tiny_batch(rows=64)
-    _, _, gated, soft, used = gated_forward(model, *batch, hard=True)
-    plain, mask = model.bert(*batch)[-1], batch[2]
-    _, _, h, soft_again, used_again = gated_forward(model, *batch, hard=True, full_share=1.0)
-    torch.testing.assert_close(h[mask], plain[mask], rtol=1e-4, atol=1e-5)
-    assert torch.equal(soft[:, 0], soft_again[:, 0]) and used.any() and used_again.any()
-    torch.manual_seed(0)
-    _, _, h, _, _ = gated_forward(model, *batch, hard=True, full_share=0.5)
-    near = [[(h[r][mask[r]] - other[r][mask[r]]).abs().max() < 1e-4 for r in range(64)]
-            for other in (plain, gated)]
-    assert all(a or b for a, b in zip(*near)) and 16 < sum(near[0]) < 64 and 16 < sum(near[1]) < 64
+def contrast_by_hand(us: list, vs: list, tau: float) -> float:
+    """The contrast of one pair of layers, from the real tokens (S, W) of each row: a loop."""
+    losses = []
+    for u, v in zip(us, vs):
+        for t in range(len(u)):
+            s = [math.exp(F.cosine_similarity(u[t], other, dim=0).item() / tau) for other in v]
+            losses.append(-math.log(s[t] / sum(s)))
+    return sum(losses) / len(losses)
 
 
 def test_contrast_by_brute_force():
-    """A loop over tokens; padding is neither an anchor nor a negative, whatever stands in it."""
+    """Padding is neither an anchor nor a negative, whatever stands in it."""
     torch.manual_seed(1)
-    u, v, (_, _, mask) = (
-        torch.randn(3, 6, 5),
-        torch.randn(3, 6, 5),
-        tiny_batch(1, rows=3, longest=6),
-    )
-    losses = []
-    for b in range(3):
-        real = mask[b].nonzero().flatten().tolist()
-        for t in real:
-            s = {
-                o: math.exp(F.cosine_similarity(u[b, t], v[b, o], dim=0).item() / 0.5)
-                for o in real
-            }
-            losses.append(-math.log(s[t] / sum(s.values())))
-    torch.testing.assert_close(
-        contrast(u, v, mask, 0.5).item(), sum(losses) / len(losses), rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(
-        contrast(u.masked_fill(~mask[..., None], 9.0), v, mask, 0.5), contrast(u, v, mask, 0.5)
-    )
+    u, v, mask = torch.randn(3, 6, 5), torch.randn(3, 6, 5), tiny_batch(1, 3, 6)[2]
+    us, vs = [u[b][mask[b]] for b in range(3)], [v[b][mask[b]] for b in range(3)]
+    for padding in 0.0, 9.0, -1e9:
+        padded = [x.masked_fill(~mask[..., None], padding) for x in (u, v)]
+        ours = contrast(*padded, mask, 0.5).item()
+        assert ours == pytest.approx(contrast_by_hand(us, vs, 0.5), rel=1e-4)
+
+
+def layers_by_hand(model, batch, hard: bool) -> tuple:
+    """Each row without padding through all layers, mixed by its gates: h_0 .. h_L, the layers' raw
+    outputs, the soft gates and the used ones, each [row][layer]."""
+    rows = alone(batch)
+    states, outputs, g_soft = [[model.bert.embeddings(*one)] for one in rows], [], []
+    for row in states:
+        outputs.append([])
+        g_soft.append([])
+        for gate, layer in zip(model.gates, model.bert.layers):
+            h, g = row[-1], gate(row[-1], None).item()
+            outputs[-1].append(layer(h, None))
+            g_soft[-1].append(g)
+            if hard:
+                g = float(g >= 0.5)
+            row.append((1 - g) * outputs[-1][-1] + g * h)
+    g_soft = torch.tensor(g_soft)
+    return states, outputs, g_soft, (g_soft >= 0.5).float() if hard else g_soft
+
+
+def cross_entropy_by_hand(head, hiddens, labels) -> float:
+    answers = [head(h, None)[0].log_softmax(1)[0, y] for h, y in zip(hiddens, labels)]
+    return -sum(answers).item() / len(answers)
 
 
 def test_skip_penalty():
+    """The paper's takes the soft gates, the budget the used ones; a met budget costs nothing."""
     soft, used = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    assert skip_penalty(soft, used, lam=0.3).item() == pytest.approx(0.3 / (0.5 + 0.5))
-    assert skip_penalty(soft, used, budget=0.1, budget_weight=10.0).item() == pytest.approx(
-        10 * (0.25 - 0.1) ** 2
-    )
-    assert skip_penalty(soft, used, budget=0.3, budget_weight=10.0).item() == 0  # met
+    expected = {(0.3, 0.1): 0.3 / (0.5 + 0.5), (0.0, 0.1): 10 * (0.25 - 0.1)**2, (0.0, 0.3): 0}
+    for (lam, budget), value in expected.items():
+        assert skip_penalty(soft, used, lam, budget, 10.0).item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+@torch.no_grad()
+def test_phase1_loss_by_hand(hard, lam):
+    """Every part: the contrast is a sum over the pairs, run counts the gates as used."""
+    model, batch, labels = soft_model(seed=3), tiny_batch(rows=4, longest=5), [0, 2, 1, 1]
+    states, _, soft, used = layers_by_hand(model, batch, hard)
+    task = cross_entropy_by_hand(model.heads[-1], [row[5] for row in states], labels)
+    penalty = 3 * ((1 - used).mean().item() - 0.2)**2
+    if lam > 0:
+        penalty = lam / soft.mean(0).sum().item()
+    u = [[project(row[i])[0] for row in states] for i, project in enumerate(model.projections)]
+    pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.7) for i in range(4))
+    parts = phase1_loss(model, *batch, torch.tensor(labels), hard=hard, lam=lam, budget=0.2,
+                        budget_weight=3.0, eta1=0.4, tau1=0.7)
+    assert parts.pop("run").tolist() == pytest.approx((1 - used).mean(0).tolist(), abs=1e-5)
+    expected = {"loss": 0.6 * (task + penalty) + 0.4 * pairs, "task": task, "penalty": penalty,
+                "contrast": pairs}
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_phase2_loss_by_hand():
+    """Every part: heads read raw outputs, states follow hard gates, the contrast is a mean."""
+    model, batch, labels = soft_model(seed=3), tiny_batch(rows=4, longest=5), [0, 2, 1, 1]
+    _, outputs, *_ = layers_by_hand(model, batch, hard=True)
+    task, u = 0.0, []
+    for i, head in enumerate(model.heads[:-1]):
+        task += cross_entropy_by_hand(head, [row[i] for row in outputs], labels)
+        u.append([head.project(head(row[i], None)[1])[0] for row in outputs])
+    pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.7) for i in range(3)) / 3
+    parts = phase2_loss(model, *batch, torch.tensor(labels), eta2=0.4, tau2=0.7)
+    expected = {"loss": 0.6 * task + 0.4 * pairs, "task": task, "contrast": pairs}
+    assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-4)
+    parts = phase2_loss(tiny_model(layers=2), *batch, torch.tensor(labels))
+    assert parts["contrast"] == 0                           # one head has no neighbour
 
 
 def test_phase1_reaches_all_it_trains_and_phase2_only_the_heads():
     """A step of phase 2 leaves everything but heads 1 .. L-1 as it was, to the bit."""
-    model, (ids, segment_ids, mask) = tiny_model(dropout=0.1).train(), tiny_batch()
-    labels = torch.arange(9) % 3
-    phase1_loss(
-        model, ids, segment_ids, mask, labels, hard=True, penalty=dict(lam=0.1)
-    ).loss.backward()
-    heads = dict(model.heads.named_parameters())
-    assert all(heads[n].grad is None for n in heads if n[0] != "4")
-    assert heads["4.out.weight"].grad is not None
-    assert all(
-        p.grad is not None
-        for n, p in model.named_parameters()
-        if n.startswith(("bert", "gates", "projections"))
-    )
+    model, batch, labels = tiny_model(dropout=0.1).train(), tiny_batch(), torch.arange(9) % 3
+    phase1_loss(model, *batch, labels, hard=True, lam=0.1)["loss"].backward()
+    for name, p in model.named_parameters():
+        rests = name.startswith("heads.") and not name.startswith("heads.4.")
+        rests = rests or name.startswith("heads.4.project.")
+        assert (p.grad is None) == rests, name
     model.zero_grad()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    phase2_loss(model, ids, segment_ids, mask, labels).backward()
+    phase2_loss(model, *batch, labels)["loss"].backward()
     optimizer.step()
     for name, value in model.state_dict().items():
         trained = name.startswith("heads.") and not name.startswith("heads.4.")
-        if not trained:
-            assert torch.equal(value, before[name]), name
-    assert not torch.equal(model.heads[0].out.weight, before["heads.0.out.weight"])
-
-
-def test_entropy():
-    """Natural log: ln C for a guess, 0 for certainty, also where a probability is exactly 0."""
-    logits = torch.tensor([[0.0, 0.0, 0.0], [200.0, 0.0, 0.0], [1.0, 2.0, 0.5]])
-    p = logits[2].softmax(-1)
-    torch.testing.assert_close(
-        entropy(logits),
-        torch.stack([torch.tensor(math.log(3)), torch.tensor(0.0), -(p * p.log()).sum()]),
-    )
-
-
-def counted(function) -> int:
-    """torch's own count, with attention taken apart into products that it knows."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function()
-    return counter.get_total_flops()
+        assert torch.equal(value, before[name]) != trained, name
 
 
 @torch.no_grad()
-def test_cost_is_what_torch_counts():
-    """A layer, a gate and a head, on several lengths; and a whole row of a dynamic pool."""
+def test_rows_in_full_run_every_layer():
+    """With a share of .5 some of 64 rows, each in all layers or in none; with a share of 1 both
+    phases compute what plain BERT does, but the budget still counts the gates."""
+    model, batch, labels = tiny_model(), tiny_batch(rows=64), torch.arange(64) % 3
+    hiddens, mask = model.bert(*batch)[1:], batch[2]
+    gated = gated_forward(model, *batch, hard=True).last
+    torch.manual_seed(0)
+    h = gated_forward(model, *batch, hard=True, full_share=0.5).last
+    near = [[(h[r][mask[r]] - other[r][mask[r]]).abs().max() < 1e-4 for r in range(64)]
+            for other in (hiddens[-1], gated)]
+    assert all(a or b for a, b in zip(*near)) and 16 < sum(near[0]) < 64 and 16 < sum(near[1]) < 64
+    *tasks, last = [F.cross_entropy(head(h, mask)[0], labels)
+                    for head, h in zip(model.heads, hiddens)]
+    parts = phase1_loss(model, *batch, labels, hard=True, full_share=1.0)
+    close(parts["task"], last)
+    assert parts["run"].min() < 1
+    close(phase2_loss(model, *batch, labels, full_share=1.0)["task"], sum(tasks))
+
+
+# --- Dynamic inference --------------------------------------------------------------------------
+
+def by_hand(model, ids, segment_ids, threshold: float | None, skip: bool) -> SimpleNamespace:
+    """One example, one layer after the other: answer, layers that ran, exit, and what gates and
+    heads said, by layer. threshold None: no exits; below 0: all heads are asked, nobody exits."""
+    L, h = len(model.gates), model.bert.embeddings(ids, segment_ids)
+    story = SimpleNamespace(ran=[], gates={}, heads={})
+    for i in range(1, L + 1):
+        if skip:
+            story.gates[i] = model.gates[i - 1](h, None).item()
+            if story.gates[i] >= 0.5:
+                continue
+        h = model.bert.layers[i - 1](h, None)
+        story.ran.append(i)
+        if threshold is not None and i < L:
+            story.heads[i] = model.heads[i - 1](h, None)[0][0]
+            p = story.heads[i].softmax(0).tolist()
+            if -sum(x * math.log(x) for x in p) < threshold:
+                break
+    else:
+        i, story.heads[L] = L, model.heads[-1](h, None)[0][0]
+    story.exit, story.answer = i, story.heads[i]
+    return story
+
+
+def models() -> list[SmartBert]:
+    """Random ones, and some whose gates skip every layer, the third alone, the last alone."""
+    made = [tiny_model(seed) for seed in range(5)]
+    for model, shut in zip(made[2:], ([0, 1, 2, 3, 4], [2], [4])):
+        for i, gate in enumerate(model.gates):
+            nn.init.zeros_(gate.out.weight)
+            nn.init.constant_(gate.out.bias, 5.0 if i in shut else -5.0)
+    return made
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("skip", [True, False])
+@torch.no_grad()
+def test_one_example_goes_as_by_hand(skip, threshold):
+    kinds = set()
+    for seed, model in enumerate(models()):
+        for one in alone(tiny_batch(seed)):
+            logits, ran, exit = infer_one(model, *one, threshold, skip)
+            hand = by_hand(model, *one, threshold, skip)
+            close(logits[0], hand.answer)
+            assert (ran, exit) == (hand.ran, hand.exit)
+            kinds.add((exit < 5, exit not in ran))
+    assert ((False, True) in kinds) == skip                 # some row skips its last layer
+    assert threshold < 0.5 or (True, False) in kinds        # some exit
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)                # fills what nobody has written
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("threshold, all_heads, limit", [
+    (None, False, None), (None, True, -1.0), (0.3, True, 0.3), (0.9, False, 0.9), (2, False, 2)])
+@pytest.mark.parametrize("skip", [True, False])
+@torch.no_grad()
+def test_a_pool_goes_as_each_of_its_rows_alone(fresh_memory_is_nan, skip, threshold, all_heads,
+                                               limit):
+    """In batches of any size: answer, layers and exit of every row as `infer_one` tells; the gates
+    and heads that were asked, and what they said, as by hand, 0 elsewhere."""
+    how = dict(skip=skip, threshold=threshold, all_heads=all_heads)
+    for seed, model in enumerate(models()):
+        batch = tiny_batch(seed, rows=11)
+        pooled = [infer(model, *batch, **how, batch_tokens=size) for size in (1, 40, 999)]
+        for row, one in enumerate(alone(batch)):
+            logits, ran, exit = infer_one(model, *one, -1.0 if limit is None else limit, skip)
+            hand = by_hand(model, *one, limit, skip)
+            gates = torch.tensor([hand.gates.get(i, 0.0) for i in range(1, 6)])
+            history = torch.stack([hand.heads.get(i, torch.zeros(3)) for i in range(1, 6)])
+            for ours in pooled:
+                close(ours.logits[row], logits[0])
+                assert layers_of(ours.ran[row]) == ran and ours.exit[row] == exit
+                assert layers_of(ours.gate_asked[row]) == list(hand.gates)
+                assert layers_of(ours.head_asked[row]) == list(hand.heads)
+                close(ours.gates[row], gates)
+                close(ours.history[row], history)
+        if not skip and threshold is None:
+            close(pooled[0].logits, model(*batch))          # plain BERT
+
+
+@torch.no_grad()
+def test_an_even_chance_skips():
+    """g = 1/2 exactly, as in the release at its start: in training and both ways of inference."""
+    model, batch = tiny_model(), tiny_batch()
+    for gate in model.gates:
+        nn.init.zeros_(gate.out.weight)                     # the bias is 0
+    assert gated_forward(model, *batch, hard=True).g_used.all()
+    assert not infer(model, *batch).ran.any()
+    assert not any(infer_one(model, *one, -1.0)[1] for one in alone(batch))
+
+
+def certain_model() -> SmartBert:
+    """A tiny model of which head 4 is certain: its entropy is exactly 0."""
     model = tiny_model()
-    for S in (2, 7, 13):
-        h, tokens = torch.randn(1, S, 20), torch.tensor([S])
-        assert layer_flops(model, tokens).item() == counted(lambda: model.bert.layers[0](h, None))
-        for companion in (model.gates[0], model.heads[0]):
-            assert auxiliary_flops(companion, tokens).item() == counted(lambda: companion(h, None))
-    ids, segment_ids, mask = tiny_batch()
-    for row in range(9):
-        S = int(mask[row].sum())
-        one, tokens = (
-            (ids[row : row + 1, :S], segment_ids[row : row + 1, :S], mask[row : row + 1, :S]),
-            torch.tensor([S]),
-        )
-        assert plain_flops(model, tokens).item() == counted(lambda: model(*one))
-        for skip in (True, False):
-            for leave in (None, entropy_below(0.8)):
-                ask = dict(skip=skip, criterion=leave)
-                outcome = infer(model, *one, **ask)
-                assert flops(model, tokens, outcome).sum().item() == counted(
-                    lambda: infer(model, *one, **ask)
-                )
+    nn.init.zeros_(model.heads[3].out.weight)
+    model.heads[3].out.bias.data = torch.tensor([0.0, 300.0, 0.0])
+    return model
 
 
-def test_cost_of_bert_base():
-    """22.35 GFLOPs for the 12 layers of BERT-base at 128 tokens: 24 S H^2 + 4 S^2 H each."""
-    from bert import Bert, BertConfig
+def test_on_the_threshold_nobody_exits():
+    """The entropy must be below it."""
+    model, batch = certain_model(), tiny_batch()
+    for threshold, exit in (0.0, 5), (1e-6, 4):
+        assert (infer(model, *batch, skip=False, threshold=threshold).exit == exit).all()
+        for one in alone(batch):
+            assert infer_one(model, *one, threshold, skip=False)[2] == exit
 
-    with torch.device("meta"):
-        base = SmartBert(Bert(BertConfig()), classes=2)
-    assert 12 * layer_flops(base, torch.tensor([128], device="cpu")).item() / 1e9 == pytest.approx(
-        22.35, abs=0.005
-    )
+
+def test_batches_are_full_and_no_fuller():
+    """No batch is above the limit, except a single row, and none has room for the next row."""
+    mask, chosen = tiny_batch(5, rows=40)[2], torch.arange(40) % 3 != 0
+    lengths = mask.sum(1)
+    for limit in 1, 13, 40, 100, 9999:
+        made = list(full_batches(chosen, mask, limit))
+        assert torch.equal(torch.cat([rows for rows, *_ in made]), chosen.nonzero().flatten())
+        for rows, longest, m in made:
+            assert longest == lengths[rows].max()
+            assert len(rows) == 1 or len(rows) * longest <= limit
+            close(mask[rows, :longest], torch.ones_like(mask[rows, :longest]) if m is None else m)
+        for (rows, longest, _), (others, *_) in zip(made, made[1:]):
+            assert (len(rows) + 1) * max(longest, lengths[others[0]]) > limit
+
+
+@torch.no_grad()
+def test_many_pools_in_the_order_of_the_split():
+    """Each row in its place, and without dropout even where the model has just been trained."""
+    model, split = tiny_model(dropout=0.5).train(), tiny_split(11)
+    batches = pools(split, largest=4)
+    assert [len(pool.ids) for pool in batches] == [4, 4, 3]
+    outcome = infer_pools(model, batches, threshold=0.7)
+    for row, ids in enumerate(map(torch.from_numpy, split.ids)):
+        logits, ran, exit = infer_one(model, ids[None], 0 * ids[None], 0.7)
+        close(outcome.logits[row], logits[0])
+        assert layers_of(outcome.ran[row]) == ran and outcome.exit[row] == exit
+
+
+def test_bfloat16():
+    """Inference is near that of single examples in fp32; both losses have finite gradients."""
+    model, batch = tiny_model(), tiny_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = infer(model, *batch, skip=False, threshold=0.0)
+        parts = [phase1_loss(model, *batch, torch.arange(9) % 3, hard=True, lam=0.1),
+                 phase2_loss(model, *batch, torch.arange(9) % 3)]
+    for row, one in enumerate(alone(batch)):
+        logits, *_ = infer_one(model, *one, -1.0, skip=False)
+        torch.testing.assert_close(pooled.logits[row], logits[0], rtol=0.05, atol=0.2)
+    for loss in parts:
+        model.zero_grad()
+        loss["loss"].backward()
+        trained = [p.grad for p in model.parameters() if p.grad is not None]
+        assert trained and all(grad.isfinite().all() for grad in trained)
+
+
+# --- The release --------------------------------------------------------------------------------
+
+# Our names inside a gate, a head or a projection -> the release's.
+BODY = {"body.inner": ["output_layer_0"], "body.query": ["atten.query"],
+        "body.key_value": ["atten.key", "atten.value"]}
+PARTS = {
+    ("gates", "gate"): BODY | {"out": ["output_layer_1"]},
+    ("heads", "classifier"): BODY | {
+        "hidden": ["output_layer_1"], "out": ["output_layer_2"], "project.0": ["main.0"],
+        "project.1": ["main.1"], "project.3": ["main.3"]},
+    ("projections", "contrast"): {"0": ["0"], "1": ["1"], "3": ["3"]},
+}
+
+
+@pytest.fixture
+def release() -> SmartBert:
+    """Our model with the release's weights."""
+    config = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=5, num_attention_heads=3,
+                        intermediate_size=40, max_position_embeddings=19)
+    model = SmartBert(Bert(config), classes=3)
+    for i in range(5):                                      # ours would be 16 wide
+        model.gates[i] = Gate(24, 12, dropout=0.0, bias=0.0)
+        model.heads[i] = ExitHead(24, 12, classes=3, dropout=0.0)
+        model.projections[i] = projection(24, 12)
+    weights = {name.removeprefix("weights/"): value for name, value in RELEASE.items()
+               if name.startswith("weights/")}
+    encoder = {name.replace("embedding.", "embeddings.", 1): weights.pop(name)
+               for name in list(weights) if name.startswith(("embedding.", "encoder."))}
+    state = {f"bert.{name}": value for name, value in to_our_names(encoder, config).items()}
+    for (ours, theirs), table in PARTS.items():
+        for name, parts in table.items():
+            for i, end in product(range(5), ("weight", "bias")):
+                found = [weights.pop(f"{theirs}.{i}.{part}.{end}") for part in parts]
+                state[f"{ours}.{i}.{name}.{end}"] = torch.cat(found)
+    assert not weights, f"weights of the release that nothing of ours takes: {list(weights)}"
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def inputs(batch: str) -> tuple:
+    """(ids, segment_ids, mask), labels."""
+    before = "input/full_" if batch == "full" else "input/"
+    ids, segment_ids, mask = (RELEASE[before + name] for name in ("ids", "types", "mask"))
+    return (ids, segment_ids, mask.bool()), RELEASE["input/labels"]
+
+
+@pytest.mark.parametrize("batch, eta1", [("padded", 0.0), ("full", 0.0), ("full", 0.03)])
+@pytest.mark.parametrize("gates", ["soft", "hard"])
+def test_phase1_as_in_the_release(release, batch, eta1, gates):
+    """Loss, the last head's logits, and gradients of every gate and of the first layer's queries.
+    With padding the contrast differs on purpose: ours leaves [PAD] out."""
+    where = f"expect/{batch}/{'contrast' if eta1 else 'plain'}/phase1_{gates}"
+    x, labels = inputs(batch)
+    loss = phase1_loss(release, *x, labels, hard=gates == "hard", lam=0.4, eta1=eta1)["loss"]
+    close(loss, RELEASE[f"{where}/loss"])
+    loss.backward()
+    for i, gate in enumerate(release.gates):
+        close(gate.out.weight.grad, RELEASE[f"{where}/grad_gate{i}_out"])
+    close(release.bert.layers[0].qkv.weight.grad[:24], RELEASE[f"{where}/grad_query0"])
+    h = gated_forward(release, *x, hard=gates == "hard").last
+    close(release.heads[-1](h, x[2])[0], RELEASE[f"{where}/last_logits"])
+
+
+@pytest.mark.parametrize("batch", ["padded", "full"])
+def test_phase2_as_in_the_release(release, batch):
+    """The heads' loss and gradients, without the contrast."""
+    x, labels = inputs(batch)
+    loss = phase2_loss(release, *x, labels, eta2=0.0)["loss"]
+    close(loss, RELEASE[f"expect/{batch}/plain/phase2/loss"])
+    loss.backward()
+    for i, head in enumerate(release.heads[:-1]):
+        close(head.out.weight.grad, RELEASE[f"expect/{batch}/plain/phase2/grad_head{i}_out"])
+
+
+@torch.no_grad()
+def test_phase2s_contrast_differs_only_where_we_say(release):
+    """Ours keeps the positive in the denominator and takes all L - 2 pairs of heads. With both of
+    the release's oddities put back, our projections give the release's loss."""
+    x, labels = inputs("full")
+    outputs, u, odd = gated_forward(release, *x, hard=True).outputs, [], 0.0
+    for head, h in zip(release.heads, outputs):
+        u.append(F.normalize(head.project(head(h, x[2])[1]), dim=-1))
+    for a, b in zip(u[:2], u[1:3]):                         # one pair short
+        s = (a @ b.transpose(1, 2) / 0.55).exp()
+        positive = s.diagonal(dim1=1, dim2=2)
+        odd -= (positive / (s.sum(-1) - positive)).log().mean()
+    task = phase2_loss(release, *x, labels, eta2=0.0)["task"]
+    close(0.8 * task + 0.2 * odd / 3, RELEASE["expect/full/contrast/phase2/loss"])
+
+
+@pytest.mark.parametrize("threshold", ["0.0", "0.6", "0.9", "1.05"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_inference_as_in_the_release(release, threshold, skip):
+    """Logits, skipped layers and exit layer of every row, one by one and in a pool."""
+    batch, _ = inputs("padded")
+    where = f"expect/infer/threshold_{threshold}/{'skip' if skip else 'noskip'}"
+    exits, skipped = RELEASE[f"{where}/exit"], RELEASE[f"{where}/skipped"]
+    pooled = infer(release, *batch, skip=skip, threshold=float(threshold), batch_tokens=30)
+    close(pooled.logits, RELEASE[f"{where}/logits"])
+    assert torch.equal(pooled.exit, exits)
+    for row, one in enumerate(alone(batch)):
+        logits, ran, exit = infer_one(release, *one, float(threshold), skip)
+        close(logits[0], RELEASE[f"{where}/logits"][row])
+        assert exit == exits[row]
+        assert ran == [i for i in range(1, exit + 1) if not skipped[row, i - 1]]
+        assert layers_of(pooled.ran[row]) == ran

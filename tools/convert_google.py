@@ -4,8 +4,9 @@
 
 The source is Google's zip or a folder with its files: bert_config.json, vocab.txt and the two of a
 TensorFlow checkpoint, bert_model.ckpt.index and bert_model.ckpt.data-00000-of-00001 (or those of a
-SavedModel, in its subfolder variables). FOLDER receives config.json, vocab.txt, model.safetensors,
-and tokenizer_config.json where the source has one. TensorFlow is not needed.
+SavedModel, in its subfolder variables). FOLDER receives config.json, vocab.txt, model.safetensors
+and tokenizer_config.json: the source's, or one that says whether the vocabulary is lower-case.
+TensorFlow is not needed.
 """
 
 import argparse
@@ -35,6 +36,10 @@ def convert(source: Path, folder: Path) -> None:
     files["vocab.txt"] = read_file(root / "vocab.txt")
     if (root / "tokenizer_config.json").is_file():
         files["tokenizer_config.json"] = read_file(root / "tokenizer_config.json")
+    else:
+        words = [word for word in files["vocab.txt"].decode().split() if word[0] != "["]
+        lower = all(word == word.lower() for word in words)     # [CLS] and its like aside
+        files["tokenizer_config.json"] = json.dumps({"do_lower_case": lower}).encode()
     files["model.safetensors"] = save(read_checkpoint(root), metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

@@ -1,0 +1,300 @@
+"""Earlier methods and other exit criteria against loops written anew; the study's scripts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_weights, tiny_batch, tiny_model
+
+import train
+from data import TASKS, Split, collate, encode, hold_out, load_task, load_tokenizer
+from eval import apply_exits, auxiliary_flops, layer_flops, plain_flops
+from results import bench, ceiling, criteria, rivals, study
+from smartbert import infer
+
+RESULTS = Path(study.__file__).parent
+TOY = "--limit 120 --epochs1 1 --epochs2 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished BERT and a PABEE that has learned a little, so that its heads disagree."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main([*TOY, "--method", "bert", "--out", str(folder / "bert")])
+    flags = "--method pabee --limit 600 --epochs1 2 --lr 2e-3 --device cpu --out".split()
+    rivals.main([*flags, str(folder / "pabee")])
+    return folder
+
+
+def weights_of(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["weights"]
+
+
+def test_losses_by_hand():
+    """p[i] (9, 3): what head i says, by one layer after the other."""
+    model, inputs, p = tiny_model(layers=4), tiny_batch(), []
+    h, labels = model.bert.embeddings(*inputs[:2]), torch.arange(9) % 3
+    for layer, head in zip(model.bert.layers, model.heads):
+        h = layer(h, inputs[2])
+        p.append(head(h, inputs[2])[0].double().softmax(-1).detach().numpy())
+    ce = [-np.log(answers[range(9), labels.tolist()]).mean() for answers in p]
+    kl = [np.sum(p[3] * (np.log(p[3]) - np.log(p[i]))) / 9 for i in range(3)]
+    expected = [("deebert", 0, sum(ce[:3])), ("deebert", 1, sum(ce[:3])), ("fastbert", 0, sum(kl)),
+                ("pabee", 0, (ce[0] + 2 * ce[1] + 3 * ce[2] + 4 * ce[3]) / 10),
+                ("berxit", 0, ce[3]), ("berxit", 1, sum(ce)), ("berxit", 2, ce[3])]
+    for name, step, value in expected:
+        loss = rivals.LOSSES[name](model, inputs, labels, step)
+        assert loss.item() == pytest.approx(value, rel=1e-5), (name, step)
+    loss = rivals.fastbert_loss(model, inputs, 0 * labels, 0)
+    assert loss.item() == pytest.approx(sum(kl), rel=1e-5)              # needs no labels
+    loss.backward()
+    assert all(p.grad is None for p in model.heads[-1].parameters())    # nor does p_L learn
+
+
+# Which parts move: the encoder, the last head, the other heads.
+@pytest.mark.parametrize("flags, phase, moves", [
+    ("deebert", 2, "others"), ("fastbert", 2, "others"), ("pabee", 1, "encoder last others"),
+    ("berxit", 1, "encoder last others"), ("berxit --lr 0", 1, "last others"),
+    ("pabee --lr-new 0", 1, "encoder")])
+def test_what_each_stage_trains(tmp_path, monkeypatch, flags, phase, moves):
+    """Trained parts move by their own rates, which rise and fall; only they have dropout."""
+    given = [*TOY, "--out", str(tmp_path / "run"), "--batch-size", "27", "--warmup", "0.5"]
+    settings = rivals.parse_all([*given, "--method", *flags.split()])
+    run, model, training, judged = train.prepare(settings, gates=False, exits=True)
+    run.phase, loss, seen, factors = phase, rivals.LOSSES[settings.method], [], []
+
+    def spy(model, inputs, labels, step):
+        parts = (model.bert.layers[0], model.heads[0], model.heads[-1])
+        seen.append([step] + [part.training for part in parts])
+        return loss(model, inputs, labels, step)
+    monkeypatch.setitem(rivals.LOSSES, settings.method, spy)
+    monkeypatch.setattr(rivals, "set_rates", lambda optimizer, factor: (
+        factors.append(factor), train.set_rates(optimizer, factor)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rivals.train_heads(run, model, training, judged)
+    assert seen == [[step, phase == 1, True, phase == 1] for step in range(4)]  # 108 examples
+    assert factors == [.5, .5, 1, .5]
+    for name, value in model.state_dict().items():
+        part = "rest"
+        if name.startswith("bert."):
+            part = "encoder"
+        elif name.startswith("heads.") and "project" not in name:
+            part = "last" if name.startswith("heads.5.") else "others"
+        if "word" not in name and "qkv.bias" not in name:   # softmax does not see a key's bias
+            assert torch.equal(before[name], value) == (part not in moves.split()), name
+
+
+def test_runs_from_a_finished_bert(tmp_path, runs, refused):
+    """A DeeBERT becomes what it becomes without, to the bit; gates start from its weights."""
+    flags, bert = [*TOY, "--method", "deebert", "--out"], runs / "bert"
+    rivals.main([*flags, str(tmp_path / "whole")])
+    rivals.main([*flags, str(tmp_path / "half"), "--from-run", str(bert)])
+    assert len(json.loads((tmp_path / "half/run.json").read_text())["log"]) == 1
+    whole, half, start = map(weights_of, (tmp_path / "whole", tmp_path / "half", bert))
+    assert all(torch.equal(value, half[name]) for name, value in whole.items())
+    assert not torch.equal(start["heads.0.out.weight"], half["heads.0.out.weight"])
+    still = "--method smartbert --lr 0 --lr-new 0 --gates-from 0 --out".split()
+    rivals.main([*TOY, *still, str(tmp_path / "gates"), "--from-run", str(bert)])
+    end = weights_of(tmp_path / "gates")
+    same = {name for name in start if torch.equal(start[name], end[name])}
+    assert {name for name in start if name.startswith(("bert.", "heads.5."))} <= same
+    assert not {name for name in start if name.startswith("gates.") and "key" in name} & same
+    for folder, seed, words in (bert, 51, "seed = 50"), (tmp_path / "half", 50, "not a finished"):
+        refused(rivals.main, [*flags, tmp_path / "x", "--from-run", folder, "--seed", seed], words)
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_stopped_run_goes_on_the_same_way(tmp_path, monkeypatch, runs):
+    """BERxiT's steps count on; PABEE does not start from the BERT anew."""
+    def stop(*arguments):
+        train.end_epoch(*arguments)
+        raise KeyboardInterrupt
+    for method, flags in (("berxit", ["--epochs1", "2", "--batch-size", "36"]),
+                          ("pabee", ["--epochs1", "2", "--from-run", str(runs / "bert")])):
+        whole, half = tmp_path / method / "whole", tmp_path / method / "half"
+        flags = [*TOY, "--method", method, *flags, "--out"]
+        rivals.main([*flags, str(whole)])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(rivals, "end_epoch", stop)
+            rivals.main([*flags, str(half)])
+        rivals.main([*flags, str(half), "--resume"])
+        half = weights_of(half)
+        assert all(torch.equal(value, half[name]) for name, value in weights_of(whole).items())
+
+
+def agreeing(answers):
+    """How many of the answers right before the last one equal it."""
+    count = 0
+    while count + 1 < len(answers) and answers[-2 - count] == answers[-1]:
+        count += 1
+    return count
+
+
+LABELS = torch.arange(60) % 3
+# The same as a rule: row, asked heads' answers so far, the last one's probabilities, its layer.
+RULES = [(criteria.entropy_below, .7, lambda n, said, p, i: -(p * p.log()).sum() < .7),
+         (criteria.probability_above, .7, lambda n, said, p, i: p.max() > .7),
+         (criteria.first_correct, LABELS, lambda n, said, p, i: said[-1] == LABELS[n]),
+         (criteria.patience, 1, lambda n, said, p, i: agreeing(said) >= 1),
+         (criteria.patience, 2, lambda n, said, p, i: agreeing(said) >= 2),
+         (criteria.fixed_layer, 3, lambda n, said, p, i: i >= 3)]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("criterion, number, rule", RULES)
+def test_criteria_by_loops(criterion, number, rule, skip):
+    """Also along the gates' paths, where the heads of skipped layers do not count."""
+    full = infer(tiny_model(), *tiny_batch(rows=60), skip=skip, all_heads=True)
+    said, expected = [[] for _ in range(60)], [5] * 60
+    for n, i in full.ran[:, :4].nonzero().tolist():
+        said[n].append(full.history[n, i].argmax().item())
+        if expected[n] == 5 and rule(n, said[n], full.history[n, i].softmax(0), i + 1):
+            expected[n] = i + 1
+    assert apply_exits(full, criterion(full, number)).exit.tolist() == expected
+    assert len(set(expected)) > 1 or criterion is criteria.fixed_layer
+
+
+def test_comparison():
+    """Swept from certainty to a guess; a fixed layer costs its layers and one head."""
+    model, inputs = tiny_model(), tiny_batch(rows=60)
+    lengths = inputs[2].sum(1)
+    split = Split("dev", [], LABELS.tolist(), ids=[range(n) for n in lengths])
+    full = infer(model, *inputs, skip=False, all_heads=True)
+    rows = criteria.compare(model, split, TASKS["mnli"], full)
+    numbers = [row["threshold"] for row in rows]
+    assert numbers[:50:49] == pytest.approx([.01 * np.log(3), .99 * np.log(3)])     # entropy
+    assert numbers[50:100:49] == pytest.approx([1 - .02 / 3, 1 - 1.98 / 3])         # probability
+    assert numbers[100:] == [1, 2, 3, 4, 1, 2, 3, 4, 5, None]           # patience, layer, oracle
+    for row in rows:
+        if row["criterion"] == "layer":
+            cost = row["threshold"] * layer_flops(model, lengths)
+            cost = cost + auxiliary_flops(model.heads[0], lengths)
+            assert row["flops"] == pytest.approx(cost.sum() / plain_flops(model, lengths).sum())
+        assert row["score"] <= rows[-1]["score"]        # the oracle
+    assert len(criteria.comparison_table(rows).splitlines()) == 6
+
+
+def test_pabee_by_loops(runs, refused):
+    """eval.json by patience: every figure computed anew, and the choice on held-out data."""
+    pabee = runs / "pabee"
+    criteria.main([str(pabee), "--criterion", "patience", "--device", "cpu"])
+    result = json.loads((pabee / "eval.json").read_text())
+    (run, model), splits, expected = train.load_run(pabee, "cpu"), load_task("toy"), {}
+    assert run.exits and run.criterion == "patience"
+    _, held = hold_out(splits["train"], run.settings.held_out, run.settings.seed, 600)
+    for split in (held, splits["dev"]):
+        batch = collate(encode(load_tokenizer(pabee), split), range(len(split)))
+        with torch.inference_mode():
+            answers = [logits.argmax(1) for logits in rivals.every_head(model, batch.inputs)]
+        for times in (1, 2, 3, 4, 5, 99):
+            right, layers, cost = 0, 0, 0
+            for n, tokens in enumerate(batch.mask.sum(1)):
+                said = [answers[i][n].item() for i in range(6)]
+                exit = min([i + 1 for i in range(6) if agreeing(said[:i + 1]) >= times] + [6])
+                right, layers = right + (said[exit - 1] == split.labels[n]), layers + exit
+                heads = 1 if times == 99 else exit
+                cost += (exit * layer_flops(model, tokens)
+                         + heads * auxiliary_flops(model.heads[0], tokens))
+            share = cost / plain_flops(model, batch.mask.sum(1)).sum()
+            expected[split.name, times] = (right / len(split), layers / len(split), share.item())
+    rows = result["rows"]
+    assert rows[0]["mode"] == "plain" and {row["criterion"] for row in rows} == {"patience"}
+    for row in rows:
+        times = 99 if row["threshold"] is None else row["threshold"]
+        assert (row["score"], row["layers"], row["flops"]) == pytest.approx(expected["dev", times])
+        score, _, share = expected["held-out", times]
+        assert (row["held_out"], row["held_out_flops"]) == pytest.approx((score, share))
+    good = [times for times in (1, 2, 3, 4, 5)
+            if expected["held-out", times][0] >= expected["held-out", 99][0] - .005]
+    assert [row["threshold"] for row in rows if row["chosen"]] == good[:1]
+    points = {point["threshold"]: (point["score"], point["flops"]) for point in result["curve"]}
+    assert points == {row["threshold"]: (row["score"], row["flops"]) for row in rows[1:]}
+    criteria.main([str(pabee), "--device", "cpu"])
+    refused(criteria.main, [runs / "bert"], "no exit heads")
+
+
+def write_result(path, method, seed, rows, **settings):
+    """rows: mode, threshold, score, FLOPs, whether chosen; held out, all is .1 better."""
+    rows = [{"mode": mode, "threshold": threshold, "score": score, "flops": cost, "chosen": star,
+             "held_out": score + .1, "held_out_flops": cost}
+            for mode, threshold, score, cost, star in rows]
+    settings = {"recipe": "ours", "method": method, "seed": seed, "weights": "x/gte"} | settings
+    path.write_text(json.dumps({"task": "cola", "split": "dev", "partial": False, "rows": rows,
+                                "curve": [], "settings": settings}))
+    return str(path)
+
+
+def test_the_tables_of_two_seeds(tmp_path, refused):
+    files, plain = [], ("plain", None, .4, 1, False)
+    for seed, plus in ((50, 0), (51, .02)):
+        bert = [("plain", None, .5 + plus, 1, False)]
+        files.append(write_result(tmp_path / f"a{seed}", "bert", seed, bert))
+        files.append(write_result(tmp_path / f"b{seed}", "smartbert", seed, [
+            plain, ("skip", None, .38, .5, False),
+            ("exit", .1, .3 + plus, .6, False), ("exit", .2, .2 + plus, .2, True),
+            ("both", .1, .3, .4, True), ("both", .3, .1, .2, False)]))
+    odd = [plain, ("exit", .2, .25, .2, False), ("exit", .1, .3, .6, True)]
+    files += [write_result(tmp_path / "c", "exits", 50, odd, budget=.1),
+              write_result(tmp_path / "d", "deebert", 50, odd, from_run="runs/a50", eta1=0),
+              write_result(tmp_path / "e", "smartbert", 52, odd, eta1=0, gates_from=.1)]
+    read = study.read_study(files)
+    for table, expected in ((study.summary(read), (
+            "smartbert exit 2 0.210 +- 0.014 0.200 +- 0.000 -30.0",
+            "smartbert both 2 0.300 +- 0.000 0.400 +- 0.000 -21.0",
+            "smartbert gates_from=0.1 eta1=0 exit 1 0.300 0.600 -21.0",
+            "exits exit 1 0.300 0.600 -21.0", "deebert exit 1 0.300 0.600 -21.0")), (
+            study.summary(read, speedup=4), (
+            "smartbert both 2 0.100 +- 0.000 0.200 +- 0.000 -41.0",
+            "deebert exit 1 0.250 0.200 -26.0")), (study.at_costs(read, [.3, .9]), (
+            "smartbert exit 2 0.235 +- 0.014 (+3.5 +- 1.4) -", "deebert exit 1 0.263 (+6.3) -"))):
+        lines = [" ".join(line.split()) for line in table.splitlines()]
+        assert {"cola dev gte " + line for line in expected} <= set(lines)
+    (tmp_path / "f").write_text("{}")
+    refused(study.main, [tmp_path / "f"], "not an eval.json of this version")
+    stored = [str(path) for path in RESULTS.glob("*-5?.json")]
+    table = study.summary(study.read_study(stored))     # two numbers of the README
+    assert len(stored) == 103 and "both       3 0.358 +- 0.025 0.354 +- 0.026    +3.0" in table
+    study.read_study(RESULTS.glob("former/*.json"))
+    pytest.importorskip("matplotlib")
+    study.main([*files, "--plot"])
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ceiling(tmp_path, runs, refused):
+    """Gates and plain are what `infer` gives; greedy drops what hurts least."""
+    folder = tmp_path / "run"
+    train.main([*TOY, "--gate-bias", "0", "--gates-from", "0", "--out", str(folder)])
+    ceiling.main([str(folder), "--json", str(tmp_path / "x")])
+    found, = json.loads((tmp_path / "x").read_text())
+    _, model = train.load_run(folder, "cpu")
+    dev, every = encode(load_tokenizer(folder), load_task("toy")["dev"]), set(range(6))
+    batch = collate(dev, range(len(dev)))
+    for name, skip in (("gates", True), ("plain", False)):
+        outcome = infer(model, *batch.inputs, skip=skip)
+        right = (outcome.logits.argmax(1) == batch.labels).float().mean().item()
+        assert found[name] == pytest.approx(right)
+    assert len(found["greedy_layers"]) == found["depth"] == round(found["layers"])
+    dev = dev.select(range(99))
+    without = [ceiling.score_of(model, dev, TASKS["toy"], ceiling.one_path(every - {i}, 99, 6))
+               for i in range(6)]
+    assert ceiling.greedy(model, dev, TASKS["toy"], 5) == every - {without.index(max(without))}
+    refused(ceiling.main, [runs / "pabee"], "no gates")
+
+
+def test_bench(tmp_path, monkeypatch):
+    """Every function runs, on tiny weights, data and a tiny run."""
+    weights, toy = save_tiny_weights(tmp_path / "w"), tmp_path / "toy"
+    pairs = "index\tsentence1\tsentence2\tlabel" + 40 * "\n1\ta\tb c\tentailment"
+    for name, text in ("RTE", pairs), ("SST-2", "sentence\tlabel" + 40 * "\na b c\t1"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / name / f"{split}.tsv").write_text(text)
+    train.main([*TOY, "--out", str(toy)])
+    monkeypatch.setattr(bench, "load_task", lambda *of: {
+        name: split.select(range(40)) for name, split in load_task(*of).items()})
+    flags = f"--weights {weights} --data-dir {tmp_path} --runs {toy} --rounds 1 --device cpu"
+    bench.main([*flags.split(), "--json", str(tmp_path / "x.json")])
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert sum("x in FLOPs / in seconds" in name for name in figures) == 11
