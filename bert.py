@@ -219,9 +219,18 @@ def read_config(path: Path) -> BertConfig:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors or, where there is none, of pytorch_model.bin, which is
     read without running code that it may contain."""
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if not (folder / "pytorch_model.bin").is_file():
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        path = folder / "pytorch_model.bin"
+    if not path.is_file():
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: "
                          f"download one of them, or save weights in several parts as one file")
-    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    path.open("rb").close()             # where that is not allowed, the system's own words
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        raise ValueError(f"{path} is damaged, or holds a pickled model, not its tensors: "
+                         f"{reason:.100}") from None

@@ -28,7 +28,6 @@ import requests
 import torch
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
-from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -189,7 +188,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
     """The tokenizer of a weights folder or of a run: tokenizer.json as the library reads it, or
     vocab.txt. Raises UserError where there is neither, or where it is not BERT's."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
     else:
         tokenizer = read_vocabulary(folder / "vocab.txt")
     tokenizer.no_truncation()                   # `encode` sets its own
@@ -207,8 +207,9 @@ def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
     texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
-    words, stated, advice = WordPiece.read_file(str(path)), {}, "save it as tokenizer.json"
-    for file in (path.with_name("config.json"), *path.parent.glob("*token*.json")):
+    lines, stated, advice = split_lines(path.read_bytes(), path), {}, "save it as tokenizer.json"
+    words = {word: i for i, word in enumerate(lines)}
+    for file in (path.with_name("config.json"), *sorted(path.parent.glob("*token*.json"))):
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         stated |= values
         added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
@@ -453,13 +454,18 @@ def fetch_weights(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download               # here: it takes half a second
+    from huggingface_hub import snapshot_download, utils        # here: it takes half a second
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
     files = ["*.json", "vocab.txt", "model.safetensors"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files))
         if not (folder / "model.safetensors").is_file():
             snapshot_download(name, revision=folder.name, allow_patterns="pytorch_model.bin")
     except Exception as error:          # of the library, of the system, of requests or httpx
+        cached = getattr(error, "snapshot_path", None)
+        if cached is not None and list(Path(cached).glob("*model.*")):
+            return Path(cached)                         # all that is needed was there
         raise UserError(f"--weights takes a folder or a name on the hub, and {name} is not a "
                         f"folder: {in_words(error)}") from error
     return folder
@@ -470,7 +476,7 @@ def in_words(error: BaseException) -> str:
     words = f"{type(error).__name__}: {error}"
     if error.__cause__ is not None:
         words += f" from {error.__cause__!r}"
-    return " ".join(words.split())[:500]
+    return " ".join(words.split())[:700]
 
 
 @contextmanager
@@ -481,7 +487,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         return
     except KeyboardInterrupt:
         reason = "stopped"
-    except (UserError, OSError) as error:
+    except (UserError, OSError, zipfile.BadZipFile) as error:
         reason = error
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):

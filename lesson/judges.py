@@ -5,7 +5,7 @@ line what is wrong: the mistake that gives the same numbers, or else both number
 """
 
 import math
-from itertools import product
+from itertools import product, zip_longest
 from types import SimpleNamespace
 
 import pytest
@@ -189,9 +189,10 @@ def test_infer_one():
         model = Scripted(gates, sure)
         got = smartbert.infer_one(model, ids, ids, threshold, skip)
         what = f"{rule} (g = {gates}, sure heads {sure}, threshold {threshold}, skip={skip})"
-        if model.story != story:
-            fail(f"{what}; you ask: {', '.join(model.story)}; the method: {', '.join(story)} "
-                 f"(gates g, layers l, heads h; 0 is h_0, 12 what layers 1 and 2 made of it)")
+        for yours, right in zip_longest(model.story, story, fillvalue="nothing more"):
+            if yours != right:
+                fail(f"{what}: of {asked} you ask '{yours}' where it should be '{right}' (g gates, "
+                     f"l layers, h heads; they read 0, h_0, or 12, what layers 1 and 2 made)")
         if got is None:
             fail("infer_one returns nothing where the last head answers")
         last, ran = int(asked[-1]), [int(name[1]) for name in asked.split() if name[0] == "l"]

@@ -189,7 +189,7 @@ def lock(monkeypatch):
                 raise PermissionError(13, "Permission denied", str(path))
             return real(file, *arguments, **others)
 
-        for module in (builtins, io):  # pathlib has its open from io
-            monkeypatch.setattr(module, "open", refuse)
+        for place in (builtins, io, Path):  # each has an open of its own
+            monkeypatch.setattr(place, "open", refuse)
 
     return lock

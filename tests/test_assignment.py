@@ -91,7 +91,7 @@ WRONG = [   # function, what stands in it, a typical mistake, what the judge say
     ("Gate.forward", "torch.sigmoid(self.out(a))", "self.out(a)", "the sigmoid is missing"),
     ("Gate.forward", ".squeeze(1)", "", r"not \(B, 1\)"),
     ("infer_one", ">= 0.5", "> 0.5", "at g = 1/2 the layer is skipped"),
-    ("infer_one", ">= 0.5", "< 0.5", "all layers run .* you ask: g1 reads 0, g2 reads 0"),
+    ("infer_one", ">= 0.5", "< 0.5", "all layers run .*'g2 reads 0' where .*'l1 reads 0'"),
     ("infer_one", "entropy(logits) <", "entropy(logits) <=", "below the threshold, not equal"),
     ("infer_one", "continue", "layer = lambda h, mask: h", "no head is asked after it"),
     ("infer_one", "if i < L:", "if True:", "the last head answers"),

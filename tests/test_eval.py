@@ -322,6 +322,7 @@ def test_the_threshold_is_chosen_on_held_out_data(tmp_path, capsys):
         assert mode == "exit" or star != good(on_held, Point("plain"))[0]
         assert f"{mode} at {star.threshold:g}: {1 / on_held[star].flops:.2f}x in FLOPs" in printed
         assert rows[star]["seconds"] > 0
+        assert points == quantiles(mode, full_passes(CPU, model, held)[mode == "both"])
         reached = max(on_held[p].flops for p in points if on_held[p].flops <= 0.5)
         [taken] = [each for each in fast if each["chosen"] and each["mode"] == mode]
         assert taken["held_out_flops"] == pytest.approx(reached)
@@ -393,7 +394,6 @@ def test_files_before_words(tmp_path, monkeypatch, refused, error):
     """Where nothing can be printed, the figures are stored all the same."""
     def write(text):
         raise error
-
     run = make_run(tmp_path)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
     refused(evaluation.main, [run, "--repeats", "0"], "eval.py")
