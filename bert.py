@@ -2,7 +2,7 @@
 
 SmartBERT is built on it: embeddings and a stack of L identical layers (Devlin et al. 2019, section
 3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. Unlike most BERT code it
-has no pooler, and each layer can be run alone, on any subset of the rows.
+has no pooler. Each layer can be run alone, on any subset of the rows.
 
     bert = load_bert("path/to/bert-base-uncased")   # a folder in the hub's layout
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
@@ -59,15 +59,15 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(h))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None,
+def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None,
            dropout: float) -> Tensor:
     """Attention in several heads. q (B, T, H): the T tokens that ask; k, v (B, S, H): the S tokens
     that they read; mask (B, S) or None -> (B, T, H)."""
     B, T, H = q.shape
-    D = H // heads
-    q = q.view(B, -1, heads, D).transpose(1, 2)                             # (B, A, T, D)
-    k = k.view(B, -1, heads, D).transpose(1, 2)                             # (B, A, S, D)
-    v = v.view(B, -1, heads, D).transpose(1, 2)                             # (B, A, S, D)
+    D = H // n_heads                                                        # A is n_heads
+    q = q.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, T, D)
+    k = k.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
+    v = v.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
     if mask is not None:
         mask = mask[:, None, None, :]                                       # (B, 1, 1, S)
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -80,7 +80,7 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
-        self.heads = config.num_attention_heads
+        self.n_heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
         self.qkv = nn.Linear(H, 3 * H)          # query, key and value in one product
         self.out = nn.Linear(H, H)
@@ -95,7 +95,7 @@ class Layer(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         # Attention: softmax(q k^T / sqrt(D)) v in every head, where no token sees the padding.
         q, k, v = self.qkv(h).chunk(3, dim=2)                               # each (B, S, H)
-        a = attend(q, k, v, self.heads, mask, dropout)                      # (B, S, H)
+        a = attend(q, k, v, self.n_heads, mask, dropout)                    # (B, S, H)
         h = self.norm1(h + self.dropout(self.out(a)))
         # Feed-forward network.
         f = self.down(F.gelu(self.up(h)))                                   # (B, S, H)
@@ -113,7 +113,7 @@ class Bert(nn.Module):
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
-        """Fresh weights as in BERT: normal with a small deviation, biases zero."""
+        """Fresh weights: normal with a small deviation as in BERT, biases zero."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -225,7 +225,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: "
                          f"download one of them, or save weights in several parts as one file")
-    path.open("rb").close()             # where that is not allowed, the system's own words
+    path.open("rb").close()             # raises PermissionError with the file's name
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

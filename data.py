@@ -90,7 +90,7 @@ class Split:
     levels: list[int] = field(default_factory=list)                 # the toy's difficulty
     ids: list[np.ndarray] = field(default_factory=list)             # token ids, int32
     segment_ids: list[np.ndarray] = field(default_factory=list)     # 0 or 1, uint8
-    partial: bool = False                       # whether they come from a *.partial.tsv
+    partial: bool = False                       # whether a split of the task is *.partial.tsv
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -154,7 +154,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
               f"quotation mark: fields can't be quoted, nor hold line breaks", file=sys.stderr)
     if not labels:
         raise UserError(f"{path} holds no examples")
-    return Split(split, texts, labels, partial=path.name.endswith(".partial.tsv"))
+    return Split(split, texts, labels, partial=bool(list(folder.glob("*.partial.tsv"))))
 
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
@@ -296,8 +296,8 @@ OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurs
 THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
           "thimble ruby candle feather bell crown spoon glove ticket").split()
 CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-# The toy's encoder. So narrow a one stays at chance with BERT's initial deviation of 0.02, but
-# trains with 1 / sqrt(H). A wide inner layer would learn two swaps by heart, without depth.
+# The toy's encoder. It is so narrow that it stays at chance with BERT's initial deviation of 0.02,
+# but trains with 1 / sqrt(H). A wide inner layer would learn two swaps by heart, without depth.
 TOY_BERT = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128,
                 max_position_embeddings=128, initializer_range=64**-0.5,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -112,13 +112,14 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
     would exit; it counts only where a head was asked. None: no exits, and only the last head is
     asked, which costs less than exits that never fire."""
     N, L = full.ran.shape
-    last = torch.arange(1, L + 1).expand(N, L) == L                         # (N, L)
-    asked = full.head_asked
-    if leaves is None:
-        leaves, asked = last, last
-    stops = (leaves & asked) | last                                         # (N, L)
-    exits = stops.int().argmax(1) + 1                                       # (N,), the first
-    inside = torch.arange(1, L + 1) <= exits[:, None]                       # (N, L)
+    layer = torch.arange(1, L + 1)                                          # (L,)
+    exits = torch.full((N,), L)
+    asked = (layer == L).expand(N, L)
+    if leaves is not None:
+        asked = full.head_asked
+        stops = (leaves & asked) | (layer == L)                             # (N, L)
+        exits = stops.int().argmax(1) + 1       # argmax gives the first of equals
+    inside = layer <= exits[:, None]                                        # (N, L)
     return Outcome(full.history[torch.arange(N), exits - 1], exits, full.ran & inside,
                    full.gate_asked & inside, full.gates, asked & inside, full.history)
 
@@ -173,12 +174,12 @@ def choose(tried, without, speedup) -> list[Point]:
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
-        return (points[:1] + fast)[-1:]
+        return fast[-1:] if fast else points[:1]
     if len({result.score for result in tried.values()}) < 2 or without.score <= 0:
         return []
     good = [point for point in points if tried[point].score >= without.score - 0.005]
     best = max(points, key=lambda point: tried[point].score)
-    return (good + [best])[:1]
+    return good[:1] if good else [best]
 
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
@@ -218,6 +219,9 @@ def table(rows, metric, layers):
         lines.append(f"{row['mode']:<6} {threshold:>9} {row['score']:>9.3f} {held:>9} "
                      f"{row['layers']:>7.2f} {row['flops']:>7.3f} {1 / row['flops']:>17.2f}x "
                      f"{faster:>11}{star}")
+    if len(notes) == 1 and rows[-1]["threshold"] is not None:
+        notes.append("(no *: thresholds are given, or held-out data are missing, lack a class, or "
+                     "score alike at all thresholds)")
     return "\n".join(lines + notes)
 
 
@@ -237,7 +241,7 @@ def bars(row):
 
 # --- A run, evaluated ---------------------------------------------------------------------------
 
-def evaluate(run, model, asked):
+def evaluate(run, model, options):
     """Choose the thresholds on held-out data; then measure, store and print each dev set."""
     settings, task = run.settings, TASKS[run.settings.task]
     if not run.finished:
@@ -251,7 +255,7 @@ def evaluate(run, model, asked):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    thresholds = asked.thresholds
+    thresholds = options.thresholds
     if thresholds is None:
         thresholds = [round(share * math.log(len(task.labels)), 3) for share in SHARES]
     without = {"exit": Point("plain"), "both": Point("skip")}
@@ -269,24 +273,24 @@ def evaluate(run, model, asked):
         for mode in without:
             grid += quantiles(mode, full[mode == "both"])
         held_out = measure_all(model, held, task, full, points + grid)
-    if asked.thresholds is None and len(set(held.labels)) == len(task.labels):
+    if options.thresholds is None and len(set(held.labels)) == len(task.labels):
         for mode, point in without.items():
             tried = {point: held_out[point] for point in grid if point.mode == mode}
-            stars += choose(tried, held_out[point], asked.target_speedup)
+            stars += choose(tried, held_out[point], options.target_speedup)
     points = [point for point in points if point not in stars] + stars
 
     # The dev sets: every point follows from two passes; only the seconds are of real inference.
     for name in task.devs:
         split = encode(tokenizer, splits[name], settings.max_length)
         results = measure_all(model, split, task, full_passes(run, model, split), points + grid)
-        timed = seconds(run, model, split, points[:1] + stars, asked.repeats)
+        timed = seconds(run, model, split, points[:1] + stars, options.repeats)
         rows = []
         for point in points:
-            held = held_out.get(point)
+            before = held_out.get(point)
             rows.append(vars(point) | vars(results[point]) | {
                 "criterion": run.criterion, "chosen": point in stars,
-                "held_out": getattr(held, "score", None),
-                "held_out_flops": getattr(held, "flops", None),
+                "held_out": getattr(before, "score", None),
+                "held_out_flops": getattr(before, "flops", None),
                 "seconds": timed.get(point, 0.0)})
         curve = [vars(point) | {"score": results[point].score, "flops": results[point].flops}
                  for point in grid]
@@ -325,15 +329,15 @@ def main(arguments=sys.argv[1:]):
     either("--target-speedup", type=within(float, 1, 1e9), metavar="X",
            help="choose the threshold that just reaches X times fewer FLOPs on held-out data")
     add("--data-dir", help="folder with GLUE's files, if they have moved")
-    add("--repeats", type=within(int, 0, 1000), default=3, help="timed passes, 0: none")
+    add("--repeats", type=within(int, 0, 1000), default=3, help="timed passes after a first one")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to run")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with one_line_errors("eval.py"):
-        run, model = load_run(asked.run, asked.device)
-        if asked.data_dir is not None:
-            run.settings.data_dir = asked.data_dir
-        with torch.autocast(asked.device, torch.bfloat16, enabled=run.settings.bf16):
-            evaluate(run, model, asked)
+        run, model = load_run(options.run, options.device)
+        if options.data_dir is not None:
+            run.settings.data_dir = options.data_dir
+        with torch.autocast(options.device, torch.bfloat16, enabled=run.settings.bf16):
+            evaluate(run, model, options)
 
 
 if __name__ == "__main__":

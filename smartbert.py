@@ -30,12 +30,12 @@ class ClsAttention(nn.Module):
     """The first half of every gate and head (each has its own weights): project the tokens to W
     dimensions, then attend from [CLS] to all of them. No other query is needed."""
 
-    def __init__(self, hidden_size: int, width: int, heads: int, dropout: float):
+    def __init__(self, hidden_size: int, width: int, n_heads: int, dropout: float):
         super().__init__()
         self.inner = nn.Linear(hidden_size, width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
-        self.heads, self.dropout = heads, dropout
+        self.n_heads, self.dropout = n_heads, dropout
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """h (B, S, H), mask (B, S) or None -> attention's output at [CLS] (B, W), z (B, S, W)."""
@@ -43,7 +43,7 @@ class ClsAttention(nn.Module):
         z = torch.tanh(self.inner(h))                                       # z = tanh(W_in h)
         q = self.query(z[:, :1])                                            # (B, 1, W): [CLS]
         k, v = self.key_value(z).chunk(2, dim=2)                            # each (B, S, W)
-        a = attend(q, k, v, self.heads, mask, dropout)                      # (B, 1, W)
+        a = attend(q, k, v, self.n_heads, mask, dropout)                    # (B, 1, W)
         return a.squeeze(1), z
 
 
@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, dropout: float, bias: float):
         super().__init__()
-        self.body = ClsAttention(hidden_size, width, heads=2, dropout=dropout)
+        self.body = ClsAttention(hidden_size, width, n_heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
         nn.init.constant_(self.out.bias, bias)          # below 0, g < 1/2: layers run at first
 
@@ -74,13 +74,13 @@ class ExitHead(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, classes: int, dropout: float):
         super().__init__()
-        self.body = ClsAttention(hidden_size, width, heads=4, dropout=dropout)
+        self.body = ClsAttention(hidden_size, width, n_heads=4, dropout=dropout)
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, classes)
         self.project = projection(width, width)     # for phase 2's contrast; not run at inference
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h (B, S, H) -> logits (B, C), the projected tokens z (B, S, W)."""
+        """h (B, S, H) -> logits (B, C), the narrow tokens z (B, S, W)."""
         a, z = self.body(h, mask)
         return self.out(torch.tanh(self.hidden(a))), z
 
@@ -102,7 +102,7 @@ class SmartBert(nn.Module):
         self.projections = nn.ModuleList(projection(H, W) for _ in range(L))    # for phase 1
         for part in (self.gates, self.heads, self.projections):
             for p in part.parameters():
-                if p.dim() > 1:                     # BERT's .02 is too small for so few units
+                if p.dim() > 1:                     # an input of unit scale keeps its scale
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
@@ -127,7 +127,8 @@ def infer_one(model: SmartBert, ids: Tensor, segment_ids: Tensor, threshold: flo
     """SmartBERT as the paper describes it: one example, one layer after another.
 
     ids, segment_ids (1, S) without padding; threshold in nats; skip=False leaves the gates out.
-    Returns logits (1, C), the layers that ran and the layer of the exit, counted from 1."""
+    Call model.eval() first. Returns logits (1, C), the layers that ran and the layer of the exit,
+    both counted from 1."""
     L, ran = len(model.bert.layers), []
     h = model.bert.embeddings(ids, segment_ids)                             # h_0 (1, S, H)
     parts = zip(model.gates, model.bert.layers, model.heads)
@@ -162,7 +163,8 @@ def hard_weight(g: Tensor) -> Tensor:
 # --- Cross-layer contrast -----------------------------------------------------------------------
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """The contrastive loss (InfoNCE) of tokens in two neighbouring layers.
+    """The contrastive loss (InfoNCE) of tokens in two neighbouring layers: a token should know
+    itself again in the next layer. The paper's aim: better middle layers, where examples exit.
 
         contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] )
         s[t,t']  = exp( cos(u_t, v_t') / tau )
@@ -197,7 +199,7 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
     Skipped layers are computed too: in phase 1 the gradient of g_i needs layer_i(h_{i-1}), in
     phase 2 head i reads it. full_share: this share of the rows, drawn at random, ignores the gates
-    and runs every layer, so that the full model stays good."""
+    and runs every layer: so the full model stays good, and heads see the states without gates."""
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, g_soft, g_used = [], [], [], []
     obeys_gate = torch.rand(len(ids), device=h.device) >= full_share        # (B,) bool
@@ -302,13 +304,13 @@ def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tu
     counts), but at least one row each. chosen (N,) bool, mask (N, S). Yields the positions of a
     batch's rows in the pool (n,), the length s of its longest row, and its mask (n, s) or None."""
     rows = chosen.nonzero().squeeze(1)
-    lengths, start, longest = mask[rows].sum(1).tolist(), 0, 0
-    for end, length in enumerate(lengths + [batch_tokens + 1]):     # the last closes every batch
-        if end > start and max(longest, length) * (end + 1 - start) > batch_tokens:
-            batch = rows[start:end]
-            yield batch, longest, mask_or_none(mask[batch, :longest])
-            start, longest = end, 0
-        longest = max(longest, length)
+    lengths, end = mask[rows].sum(1).tolist(), 0
+    while end < len(rows):
+        start, longest, end = end, lengths[end], end + 1                    # at least one row
+        while end < len(rows) and max(longest, lengths[end]) * (end + 1 - start) <= batch_tokens:
+            longest, end = max(longest, lengths[end]), end + 1
+        batch = rows[start:end]
+        yield batch, longest, mask_or_none(mask[batch, :longest])
 
 
 @torch.inference_mode()
@@ -341,7 +343,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     gates = torch.zeros(N, L, device=device)
     history = torch.zeros(N, L, C, device=device)
     ran, gate_asked, head_asked = torch.zeros(3, N, L, dtype=torch.bool, device=device)
-    # zeros, not empty: a row is later read beside longer ones, and 0 * NaN is NaN
+    # zeros, not empty: padding is read with weight 0, but 0 * NaN is NaN
     h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
 
     for rows, s, _ in full_batches(alive, mask, batch_tokens):

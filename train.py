@@ -50,7 +50,7 @@ BY_TASK = {
     "sst2": dict(batch_size=32, epochs1=3, epochs2=1, gates_from=0.25, budget=0.4),
     "mnli": dict(epochs1=3, epochs2=1, gates_from=0.25),
 }
-# The authors' values (their run.sh, for RTE), where ours differ: --recipe release.
+# The authors' values (their run.sh and main.py, for RTE), where ours differ: --recipe release.
 AUTHORS = dict(
     lam=0.04, budget=1.0,               # the paper's penalty; ours says how many layers will run
     soft_epochs=3,                      # ours are hard at once, as in inference
@@ -66,7 +66,7 @@ WEIGHTS = "google-bert/bert-base-uncased"
 METHODS = ("smartbert", "exits", "bert")
 WEIGHT_DECAY = 0.01                     # not on biases and LayerNorm
 CLIP = 1.0                              # largest norm of the gradient
-# Under torchrun: how many processes, which one this is. A RANK left over means nothing.
+# Under torchrun: how many processes there are, and which one this is.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 GPUS = {"cuda": torch.cuda, "mps": torch.backends.mps}
@@ -132,11 +132,12 @@ def make_parser(methods):
 def parse(arguments, methods=METHODS):
     """The settings from the command line, over the task's or the recipe's, over the defaults."""
     parser = make_parser(methods)
+    # --task, --method and --recipe decide the defaults, which --help is to show.
     known = parser.parse_args([word for word in arguments if word not in ("-h", "--help")])
     changes = AUTHORS if known.recipe == "release" else BY_TASK.get(known.task, {})
     out = f"runs/{known.task}-{known.method}".removesuffix("-smartbert")
     parser.set_defaults(out=out, **changes)
-    settings = parser.parse_args(arguments)             # again, over the right defaults
+    settings = parser.parse_args(arguments)             # again, over the task's defaults
     if settings.budget != parser.get_default("budget"):
         settings.lam = 0.0                              # the authors' recipe has one
     if "" in vars(settings).values():
@@ -169,7 +170,7 @@ class Run:
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, judged):
-    """Phase 1, from the run's last whole epoch on."""
+    """Phase 1; a resumed run continues after its last finished epoch."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -211,14 +212,14 @@ def penalty_at(run, progress):
 
 
 def keep_best(run, model, seen):
-    """Keep this epoch's weights unless an earlier epoch was better. Epochs whose gates are further
-    on come first, then the best score; of equal ones fewer layers, then the later epoch."""
+    """Keep this epoch's weights unless an earlier epoch was better: by the rank of its gates, of
+    equal ranks by its score, of equal scores by fewer layers; of equal ones the later is kept."""
     best, score, layers = run.best, next(iter(seen.values())), seen["layers"]
     gates = gates_so_far(run, layers / len(model.gates))
     better = layers <= best["layers"]
     if score != best["score"]:
         better = score > best["score"]
-    if gates != best["gates"]:
+    if gates != best["gates"]:                          # has the last word
         better = gates > best["gates"]
     if better:
         weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -226,16 +227,17 @@ def keep_best(run, model, seen):
 
 
 def gates_so_far(run, share):
-    """How far the gates are after an epoch; share: of the layers that ran. While most layers still
-    run, an epoch would win by its score, so it counts less. 2: at most 10 % above the budget, or
-    no gates; 1: above it in spite of the full penalty; 0: less penalty, or soft gates."""
-    settings, full_from = run.settings, run.settings.gates_from
+    """Rank of an epoch by its gates; share: of the layers that ran. Needed because an epoch whose
+    gates do not skip yet scores best. 2: at most 10 % above the budget, or no gates; 1: above it
+    though the penalty was full; 0: the penalty still grew, or the gates were still soft."""
+    settings = run.settings
     if not run.gates:
         return 2
     if run.epoch < settings.soft_epochs < settings.epochs1:     # hard gates are still to come
         return 0
+    full_from = settings.gates_from                     # lambda is full at once
     if settings.lam == 0:
-        full_from = max(full_from, settings.full_from)
+        full_from = max(settings.gates_from, settings.full_from)
         if share <= 1.1 * settings.budget:
             return 2
     return int((run.epoch + 1) / settings.epochs1 > full_from)
@@ -244,7 +246,7 @@ def gates_so_far(run, share):
 # --- Phase 2: the other exit heads --------------------------------------------------------------
 
 def train_phase2(run, model, training, judged):
-    """Phase 2, from the run's last whole epoch on: only the heads before the last learn."""
+    """Phase 2: only the heads before the last learn."""
     settings, heads = run.settings, model.heads[:-1]
     optimizer = make_optimizer(model, {"heads": (heads, settings.lr_new)}, run.optimizer)
     while run.epoch < settings.epochs2:
@@ -263,7 +265,7 @@ def train_phase2(run, model, training, judged):
 # --- The baseline -------------------------------------------------------------------------------
 
 def train_bert(run, model, training, judged):
-    """Fine-tune plain BERT with the same small head, from the run's last whole epoch on."""
+    """Fine-tune plain BERT with the same small head."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new)}
     optimizer = make_optimizer(model, rates, run.optimizer)

@@ -51,7 +51,7 @@ EXERCISES = (
 COPIED = """bert.py data.py smartbert.py train.py eval.py requirements.txt LICENSE
     tests/conftest.py tests/test_smartbert.py tests/test_eval.py tests/fixtures/release.npz"""
 PYTEST = """[tool.pytest.ini_options]
-testpaths = ["tests/test_exercises.py", "tests"]
+testpaths = ["tests/test_exercises.py", "tests/test_smartbert.py", "tests/test_eval.py"]
 pythonpath = [".", "tests"]
 addopts = "-x --tb=short"
 markers = {}"""
@@ -114,8 +114,8 @@ def main(arguments=sys.argv[1:]):
     parser.add_argument("--solve", type=int, choices=range(1, 12), metavar="N", help="put ours in")
     folder, number = vars(parser.parse_args(arguments)).values()
     if number is None:
-        if folder.exists() and list(folder.iterdir()):
-            parser.error(f"{folder} is not empty: name a new folder, or use --solve N")
+        if folder.is_file() or list(folder.glob("*")):
+            parser.error(f"{folder} is not a new or empty folder: name another, or use --solve N")
         make(folder)
         print(f"now: cd {folder}, and read README.md")
     else:

@@ -191,8 +191,8 @@ def test_infer_one():
         what = f"{rule} (g = {gates}, sure heads {sure}, threshold {threshold}, skip={skip})"
         for yours, right in zip_longest(model.story, story, fillvalue="nothing more"):
             if yours != right:
-                fail(f"{what}: of {asked} you ask '{yours}' where it should be '{right}' (g gates, "
-                     f"l layers, h heads; they read 0, h_0, or 12, what layers 1 and 2 made)")
+                fail(f"{what}: of {asked} you ask '{yours}' where it is '{right}' (g gates, l "
+                     f"layers, h heads; they read 0, h_0, or 12, what layers 1 and 2 made)")
         if got is None:
             fail("infer_one returns nothing where the last head answers")
         last, ran = int(asked[-1]), [int(name[1]) for name in asked.split() if name[0] == "l"]
