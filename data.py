@@ -90,7 +90,7 @@ class Split:
     levels: list[int] = field(default_factory=list)                 # the toy's difficulty
     ids: list[np.ndarray] = field(default_factory=list)             # token ids, int32
     segment_ids: list[np.ndarray] = field(default_factory=list)     # 0 or 1, uint8
-    partial: bool = False                       # whether a split of the task is *.partial.tsv
+    partial: bool = False                       # whether they come from a *.partial.tsv
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -154,7 +154,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
               f"quotation mark: fields can't be quoted, nor hold line breaks", file=sys.stderr)
     if not labels:
         raise UserError(f"{path} holds no examples")
-    return Split(split, texts, labels, partial=bool(list(folder.glob("*.partial.tsv"))))
+    return Split(split, texts, labels, partial=path.name.endswith(".partial.tsv"))
 
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
@@ -363,6 +363,8 @@ def atomic_write(path: Path, save: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # torch.save makes the latter of the former
+        raise UserError(f"could not write {path}: {in_words(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)               # it is there only after an error
 
@@ -383,7 +385,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     files that are not ours."""
     start, resumes = None, resume and (folder / "model.pt").is_file()
     if (folder / "run.json").is_file():
-        start = (folder / "run.json").read_text(encoding="utf-8")[:len(MADE_BY)]
+        start = (folder / "run.json").read_text(errors="replace")[:len(MADE_BY)]
     if list(folder.glob("*")) and start not in (MADE_BY, ""):   # an empty one is left by a crash
         raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
     if start is not None and not overwrite and not resumes:
@@ -490,8 +492,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (UserError, OSError, zipfile.BadZipFile) as error:
         reason = error
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        reason = f"lower --batch-size or --max-length: {str(error).splitlines()[0]}"
+        reason = f"lower --batch-size or --max-length: {in_words(error)}"
     print(f"{program}: {reason}", file=sys.stderr)
     sys.exit(2)

@@ -282,6 +282,7 @@ def evaluate(run, model, options):
     # The dev sets: every point follows from two passes; only the seconds are of real inference.
     for name in task.devs:
         split = encode(tokenizer, splits[name], settings.max_length)
+        split.partial = split.partial or splits["train"].partial
         results = measure_all(model, split, task, full_passes(run, model, split), points + grid)
         timed = seconds(run, model, split, points[:1] + stars, options.repeats)
         rows = []

@@ -101,7 +101,7 @@ def make_parser(methods):
     # what makes the gates skip: either the budget or lambda
     either("--budget", type=weight, default=0.5, help="share of the layers that may run freely")
     either("--lam", type=rate, default=0.0, help="lambda of the paper's penalty; 0: the budget")
-    add("--gate-bias", type=float, default=-2.0, help="of the gates, initially: at -2, g = .12")
+    add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
     add("--gates-from", type=share, default=0.3, help="share of phase 1 before the gates learn")
     add("--full-from", type=share, default=0.6, help="share of phase 1 when the full budget holds")
     add("--full-share", type=weight, default=0.0, help="share of examples that run every layer")
@@ -112,7 +112,7 @@ def make_parser(methods):
     # the optimisation
     add("--epochs1", type=some, default=5, help="epochs of phase 1")
     add("--epochs2", type=count, default=2, help="epochs of phase 2; 0: no exits")
-    add("--batch-size", type=some, default=16, help="examples in a step")
+    add("--batch-size", type=within(int, WORLD, 10**9), default=16, help="examples in a step")
     add("--lr", type=rate, default=3e-5, help="the encoder's learning rate; 384 wide: 1e-4")
     add("--lr-new", type=rate, default=1e-3, help="learning rate of heads and projections")
     add("--lr-gates", type=rate, default=1e-3, help="learning rate of the gates")

@@ -152,6 +152,7 @@ def evaluate(run, model, splits, speedup):
     points = [plain] + [point for point in exits if point not in stars] + stars
     for name in task.devs:
         split, full = full_pass(run, model, splits[name])
+        split.partial = split.partial or splits["train"].partial
         results = measure_patience(model, split, task, full, points)
         rows = []
         for point in points:
