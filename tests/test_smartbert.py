@@ -363,6 +363,7 @@ def test_bfloat16():
     model, batch = tiny_model(), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
         pooled = infer(model, *batch, skip=False, threshold=0.0)
+    with torch.autocast("cpu", torch.bfloat16):     # as in training; one would share cast weights
         parts = [phase1_loss(model, *batch, torch.arange(9) % 3, hard=True, lam=0.1),
                  phase2_loss(model, *batch, torch.arange(9) % 3)]
     for row, one in enumerate(alone(batch)):

@@ -154,7 +154,7 @@ def test_every_flag_refuses_what_is_no_value(refused):
 
 @pytest.mark.parametrize("line, words", [
     ("--task sst-2", ["--task", "sst-2", "sst2"]), ("--method magic", ["magic", "exits"]),
-    ("--device tpu", ["tpu", "cpu"]), ("--epoch 3", ["--epoch"]), ("rte", ["rte"]),
+    ("--device tpu", ["tpu", "cpu"]), ("--lim 1", ["unrecognized"]), ("rte", ["rte"]),
     ("--epochs1 0", ["--epochs1", "0"]), ("--epochs2 -1", ["--epochs2"]), ("--limit 0", ["0"]),
     ("--batch-size 2.5", ["2.5"]), ("--budget 1.01", ["1.01"]), ("--budget -0.1", ["--budget"]),
     ("--lam -1", ["--lam"]), ("--lr -0.1", ["--lr"]), ("--eta1 1.5", ["--eta1"]),
