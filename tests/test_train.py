@@ -666,11 +666,11 @@ def test_kill_9_anywhere(whole, tmp_path):
         before = epochs()
         going = process([*SMALL, "--resume", "--out", folder], subprocess.DEVNULL)
         while epochs() == before and going.poll() is None:
-            time.sleep(0.001)
+            time.sleep(0.01)
         if not writes:
             time.sleep(random.random() / 10)
         while writes and going.poll() is None and not list(folder.glob("model.pt.*.tmp")):
-            pass
+            time.sleep(0.0005)
         going.kill()
         assert going.wait() == -signal.SIGKILL
         run = train.load_run(folder, "cpu")[0]
