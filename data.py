@@ -364,7 +364,7 @@ def atomic_write(path: Path, save: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # torch.save makes the latter of the former
-        raise UserError(f"could not write {path}: {in_words(error)}") from error
+        raise UserError(f"could not write {path} (a full disk?): {in_words(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)               # it is there only after an error
 
@@ -391,6 +391,9 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if start is not None and not overwrite and not resumes:
         raise UserError(f"{folder} already holds a run: continue it with --resume (if it has a "
                         f"model.pt), replace it with --overwrite, or name another --out")
+    if resumes:
+        for path in folder.glob("model.pt.*.tmp"):      # left by a kill
+            path.unlink(missing_ok=True)                # under torchrun several processes try
     return resumes
 
 

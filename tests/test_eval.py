@@ -101,8 +101,7 @@ def test_exits_applied_to_a_full_pass_give_what_inference_gives(skip):
     ("plain", None), ("skip", None), ("exit", 0.0), ("exit", 0.9), ("both", 0.0), ("both", 1.0)])
 @torch.no_grad()
 def test_a_result_by_hand(mode, threshold):
-    """From the ways of the single examples. A layer's skip rate is a share of those who reached
-    it."""
+    """From the ways of single examples; a skip rate is a share of those who reached the layer."""
     model, split, task = certain_model(), tiny_split(30), data.TASKS["mrpc"]
     point = Point(mode, threshold)
     got = measure_all(model, split, task, full_passes(CPU, model, split), [point])[point]
