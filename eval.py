@@ -170,7 +170,7 @@ def choose(tried, without, speedup) -> list[Point]:
     """Of the points of a mode, by their held-out results (tried: Point -> Result), the cheapest
     that loses at most half a point of score against the same mode without exits; if none does,
     that of the best score; none where no score tells one from another. With a target speed-up in
-    FLOPs, whatever the scores: the point with the most FLOPs that reaches it, else the cheapest."""
+    FLOPs, whatever the score: the point with the most FLOPs that reaches it, else the cheapest."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
