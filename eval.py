@@ -31,6 +31,7 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
 from train import DEVICES, check_data, load_run, within
 
+PATHS = ("data_dir", "out", "resume", "overwrite")      # settings that say nothing of a result
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, over ln C
 
 
@@ -101,7 +102,8 @@ class Result:
 
 
 def full_passes(run, model, split):
-    """With gates (True) and without (False): every head is asked and nobody exits."""
+    """With gates (True) and without (False): all heads are asked (where the run has trained them)
+    and nobody exits."""
     batches = pools(split, run.settings.device)
     return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
             for gated in {False, run.gates}}
@@ -304,9 +306,11 @@ def report(run, split, rows, curve):
     metric, L = task.metrics[0], len(rows[0]["skip_rate"])
     guess = int(np.bincount(split.labels).argmax())
     majority = scores(task, [guess] * len(split), split.labels)[metric]
+    settings = {name: value for name, value in vars(run.settings).items() if name not in PATHS}
+    settings["weights"] = Path(settings["weights"]).name
     result = {"task": task.name, "split": split.name, "partial": split.partial, "metric": metric,
               "examples": len(split), "majority": majority, "layers": L,
-              "settings": vars(run.settings), "rows": rows, "curve": curve}
+              "settings": settings, "rows": rows, "curve": curve}
     path = run.folder / "eval.json"
     if split.name != task.devs[0]:
         path = run.folder / f"eval-{split.name}.json"
