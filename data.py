@@ -477,8 +477,9 @@ def fetch_weights(name: str) -> Path:
 
 
 def in_words(error: BaseException) -> str:
-    """Class and words of an exception and of its cause, in one line."""
-    words = f"{type(error).__name__}: {error}"
+    """Class and words of an exception and of its cause, in one line; without torch's advice to
+    load what is not safe."""
+    words = f"{type(error).__name__}: {str(error).rpartition('WeightsUnpickler error: ')[2]}"
     if error.__cause__ is not None:
         words += f" from {error.__cause__!r}"
     return " ".join(words.split())[:700]

@@ -166,7 +166,7 @@ def plot(folder):
     if run.gates:
         plot_training(plt, folder / "training.png", run.log, result["metric"], name)
 
-    dev = load_task(name, result["settings"]["data_dir"])[split]
+    dev = load_task(name, run.settings.data_dir)[split]
     dev = encode(load_tokenizer(folder), dev, run.settings.max_length)
     point = Point(shown["mode"], shown["threshold"])
     with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):
