@@ -1,8 +1,7 @@
 """BERT's encoder, and its weights from a folder.
 
-SmartBERT is built on it: embeddings and a stack of L identical layers (Devlin et al. 2019, section
-3; Vaswani et al. 2017, section 3). Gates and exits are not in this file. Unlike most BERT code it
-has no pooler. Each layer can be run alone, on any subset of the rows.
+Embeddings and a stack of L identical layers (Devlin et al. 2019, section 3; Vaswani et al. 2017,
+section 3), without a pooler. Each layer can be run alone, on any subset of the rows.
 
     bert = load_bert("path/to/bert-base-uncased")   # a folder in the hub's layout
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
@@ -12,7 +11,7 @@ A attention heads, D = H / A, L layers.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,9 +52,8 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor, segment_ids: Tensor) -> Tensor:
         """ids, segment_ids (B, S) -> h_0 (B, S, H)."""
-        S = ids.shape[1]
         h = self.word(ids) + self.segment(segment_ids)                      # (B, S, H)
-        h = h + self.position.weight[:S]                                    # (S, H), for all rows
+        h = h + self.position.weight[:ids.shape[1]]                         # (S, H), for all rows
         return self.dropout(self.norm(h))
 
 
@@ -136,9 +134,8 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 # --- Weights from a folder ----------------------------------------------------------------------
 
 def load_bert(folder: str | Path) -> Bert:
-    """The pre-trained encoder, in fp32, from a folder in the hub's layout: config.json and
-    model.safetensors (or pytorch_model.bin). Raises ValueError where a file is missing, and where
-    the weights and config.json are not of one BERT; a damaged file, what its library raises."""
+    """The pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError where
+    weights and config.json are not of one BERT, and what the library of a damaged file raises."""
     bert = Bert(read_config(Path(folder) / "config.json"))
     bert.load_state_dict(to_our_names(read_tensors(Path(folder)), bert.config))
     return bert
@@ -146,11 +143,11 @@ def load_bert(folder: str | Path) -> Bert:
 
 # Our parameters of the embeddings -> their names in Hugging Face's files.
 EMBEDDING_NAMES = {
-    "embeddings.word.weight": "embeddings.word_embeddings.weight",
-    "embeddings.position.weight": "embeddings.position_embeddings.weight",
-    "embeddings.segment.weight": "embeddings.token_type_embeddings.weight",
-    "embeddings.norm.weight": "embeddings.LayerNorm.weight",
-    "embeddings.norm.bias": "embeddings.LayerNorm.bias",
+    "embeddings.word.weight": ["embeddings.word_embeddings.weight"],
+    "embeddings.position.weight": ["embeddings.position_embeddings.weight"],
+    "embeddings.segment.weight": ["embeddings.token_type_embeddings.weight"],
+    "embeddings.norm.weight": ["embeddings.LayerNorm.weight"],
+    "embeddings.norm.bias": ["embeddings.LayerNorm.bias"],
 }
 # Our parts of a layer -> theirs. Our qkv is their query, key and value, one below the other.
 LAYER_NAMES = {
@@ -161,15 +158,14 @@ LAYER_NAMES = {
     "down": ["output.dense"],
     "norm2": ["output.LayerNorm"],
 }
-# Tensors that a file may hold but the encoder does not use: the pooler, the heads of pre-training
-# and of tasks under their usual names, the position ids (0, 1, 2, ...), the count of steps.
+# Tensors of a file that the encoder does not use: the pooler, heads, position ids, a step count.
 IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddings.position_ids",
            "dense.", "global_step")
 
 
 def name_table(config: BertConfig) -> dict[str, list[str]]:
     """Our parameter's name -> the file's names of its parts, one below the other."""
-    table = {ours: [theirs] for ours, theirs in EMBEDDING_NAMES.items()}
+    table = dict(EMBEDDING_NAMES)
     for i in range(config.num_hidden_layers):
         for ours, parts in LAYER_NAMES.items():
             for kind in ("weight", "bias"):
@@ -185,14 +181,13 @@ def to_our_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, Te
     found = {}
     for name, tensor in tensors.items():
         name = str(name).removeprefix("bert.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
         if not name.startswith(IGNORED):
             found[name] = tensor
     table = name_table(config)
     expected = set().union(*table.values())
     missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
-    if missing or unknown:
+    if missing + unknown:
         raise ValueError(f"{len(missing)} tensors are missing, first {missing[:1]}; "
                          f"{len(unknown)} are unknown, first {unknown[:1]}")
     return {ours: torch.cat([found[name].float() for name in theirs])
@@ -201,10 +196,6 @@ def to_our_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, Te
 
 def read_config(path: Path) -> BertConfig:
     """config.json of a weights folder. Values that this code does not read are left out."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: a weights folder holds config.json, "
-                         f"model.safetensors and tokenizer.json, or the older pytorch_model.bin "
-                         f"and vocab.txt")
     values = json.loads(path.read_text(encoding="utf-8"))
     required = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                 "is_decoder": False, "add_cross_attention": False}
@@ -212,8 +203,8 @@ def read_config(path: Path) -> BertConfig:
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}, but this code supports only "
                              f"{value!r}: use other weights")
-    known = {field.name for field in fields(BertConfig)}
-    return BertConfig(**{name: value for name, value in values.items() if name in known})
+    known = vars(BertConfig()).keys() & values
+    return BertConfig(**{name: values[name] for name in known})
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -222,15 +213,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "model.safetensors"
     if not path.is_file():
         path = folder / "pytorch_model.bin"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: "
-                         f"download one of them, or save weights in several parts as one file")
-    path.open("rb").close()             # raises PermissionError with the file's name
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
-        raise ValueError(f"{path} is damaged, or holds a pickled model, not its tensors: "
-                         f"{reason:.100}") from None
+    path.open("rb").close()             # raises OSError with the file's name
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -98,15 +98,14 @@ class Split:
     def select(self, rows) -> "Split":
         """The examples at these positions, in this order."""
         def pick(values: list) -> list:
-            return [values[i] for i in rows] if values else []
+            return [values[i] for i in rows if values]
         return replace(self, texts=pick(self.texts), labels=pick(self.labels), ids=pick(self.ids),
                        levels=pick(self.levels), segment_ids=pick(self.segment_ids))
 
 
 def load_task(name: str, data_dir: str | None = None) -> dict[str, Split]:
-    """{"train": Split, "dev": Split}, or "dev_matched" and "dev_mismatched" for mnli. data_dir
-    holds GLUE's folders or is the task's own. Without it the official files are downloaded, once.
-    Raises UserError."""
+    """{"train": Split, "dev": Split}; mnli has "dev_matched", "dev_mismatched". data_dir: GLUE's
+    folder or the task's own; without it the files are downloaded, once. Raises UserError."""
     if name == "toy":
         return toy()
     task = TASKS[name]
@@ -121,8 +120,8 @@ def load_task(name: str, data_dir: str | None = None) -> dict[str, Split]:
 
 
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Rows with more or fewer
-    fields than the header, and MNLI's without a gold label, are left out and counted on stderr."""
+    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Rows of another width than
+    the header, and MNLI's without a gold label, are left out and counted on stderr."""
     path = folder / f"{split}.tsv"
     if not path.is_file():
         path = folder / f"{split}.partial.tsv"
@@ -166,15 +165,11 @@ def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, 
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
     training = split.select(sorted(set(range(len(split))) - held))
-    if len(set(training.labels)) < 2:
-        raise UserError("all examples to train on have the same label: mix the rows of train.tsv, "
-                        "or raise --limit")
     return training, replace(split.select(sorted(held)), name="held-out")
 
 
 def digest(split: Split) -> str:
-    """SHA-256 of the texts and labels of a split, in their order. A run stores it, to detect later
-    that its data have changed."""
+    """SHA-256 of a split's texts and labels. A run stores it, to detect that its data changed."""
     examples = repr(list(zip(split.texts, split.labels)))
     return hashlib.sha256(examples.encode()).hexdigest()
 
@@ -185,17 +180,16 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
-    """The tokenizer of a weights folder or of a run: tokenizer.json as the library reads it, or
-    vocab.txt. Raises UserError where there is neither, or where it is not BERT's."""
+    """The tokenizer of a weights folder or of a run: tokenizer.json, or else vocab.txt. Raises
+    UserError where there is neither, or where it is not BERT's."""
     if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     else:
         tokenizer = read_vocabulary(folder / "vocab.txt")
     tokenizer.no_truncation()                   # `encode` sets its own
     tokenizer.no_padding()
     empty = tokenizer.encode("", "")
-    if empty.tokens != ["[CLS]", "[SEP]", "[SEP]"] or empty.type_ids != [0, 0, 1]:
+    if list(zip(empty.tokens, empty.type_ids)) != [("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1)]:
         raise UserError(f"the tokenizer in {folder} is not BERT's: an empty pair becomes "
                         f"{empty.tokens} with segments {empty.type_ids}, not [CLS] [SEP] [SEP] "
                         f"with 0 0 1")
@@ -207,10 +201,11 @@ def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
     texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
-    lines, stated, advice = split_lines(path.read_bytes(), path), {}, "save it as tokenizer.json"
-    words = {word: i for i, word in enumerate(lines)}
+    words = split_lines(path.read_bytes(), path)
+    advice = "save the tokenizer as tokenizer.json"
+    stated = {}
     for file in (path.with_name("config.json"), *sorted(path.parent.glob("*token*.json"))):
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = json.loads(file.read_text(encoding="utf-8"))
         stated |= values
         added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
         added += values.get("additional_special_tokens", [])
@@ -222,7 +217,8 @@ def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
     kind, unknown = str(stated.get("tokenizer_class")), str(stated.get("unk_token", "[UNK]"))
     if kind not in ("None", "BertTokenizer", "BertTokenizerFast") or "[UNK]" not in unknown:
         raise UserError(f"{path} is of a {kind} with {unknown} for unknown words: {advice}")
-    return BertWordPieceTokenizer(words, lowercase=stated.get("do_lower_case", True),
+    vocabulary = dict(zip(words, range(len(words))))
+    return BertWordPieceTokenizer(vocabulary, lowercase=stated.get("do_lower_case", True),
                                   strip_accents=stated.get("strip_accents"),
                                   handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
 
@@ -267,9 +263,8 @@ def collate(split: Split, rows: list[int], device: str = "cpu") -> Batch:
 
 
 def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
-    """The positions of the examples of each batch, for one epoch. They are shuffled, sorted by
-    length within pools of 50 batches, so that there is little padding, and the batches are
-    shuffled again."""
+    """The positions of the examples of each batch, for one epoch: shuffled; sorted by length
+    within pools of 50 batches, so that there is little padding; the batches shuffled again."""
     lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
     rng, pool, made = np.random.default_rng(seed), 50 * size, []
     order = rng.permutation(len(split))
@@ -296,8 +291,8 @@ OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurs
 THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
           "thimble ruby candle feather bell crown spoon glove ticket").split()
 CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-# The toy's encoder. It is so narrow that it stays at chance with BERT's initial deviation of 0.02,
-# but trains with 1 / sqrt(H). A wide inner layer would learn two swaps by heart, without depth.
+# The toy's encoder. So narrow, it trains with an initial deviation of 1 / sqrt(H), but not with
+# BERT's 0.02. A wide inner layer would learn two swaps by heart, without depth.
 TOY_BERT = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128,
                 max_position_embeddings=128, initializer_range=64**-0.5,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -309,8 +304,7 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
 
     What a swap does depends on the swap before, so more swaps are harder, and no sum of word
     scores tells the answer. Labels are equally frequent, and so are the dev set's levels; half of
-    the training sentences have level 2, which is learned last. There are 576 sentences of level 0
-    for each label, enough for these sizes."""
+    the training sentences have level 2, which is learned last."""
     rng, splits, seen = random.Random(seed), {}, set()
     for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
         split = splits[name] = Split(name, [], [])
@@ -353,8 +347,7 @@ def split_lines(content: bytes, source: str | Path) -> list[str]:
 
 
 def atomic_write(path: Path, save: Callable) -> None:
-    """Write a file whole or not at all: save(file) writes a temporary file beside it, which then
-    takes its name."""
+    """Write a file whole or not at all: save(file) writes one beside it, which takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -381,20 +374,22 @@ OURS = ("model.pt", "model.pt.*.tmp", "tokenizer.json", "eval*.json", "page.html
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether the folder holds a run to resume. Raises UserError where a run is in the way, or
-    files that are not ours."""
-    start, resumes = None, resume and (folder / "model.pt").is_file()
+    """Whether the folder holds a run to resume. Raises UserError where something is in the way."""
+    if not list(folder.glob("*")):
+        return False
+    start = "no file"
     if (folder / "run.json").is_file():
         start = (folder / "run.json").read_text(errors="replace")[:len(MADE_BY)]
-    if list(folder.glob("*")) and start not in (MADE_BY, ""):   # an empty one is left by a crash
+    if start not in (MADE_BY, ""):                      # an empty one is left by a crash
         raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
-    if start is not None and not overwrite and not resumes:
-        raise UserError(f"{folder} already holds a run: continue it with --resume (if it has a "
-                        f"model.pt), replace it with --overwrite, or name another --out")
-    if resumes:
+    if resume and (folder / "model.pt").is_file():
         for path in folder.glob("model.pt.*.tmp"):      # left by a kill
             path.unlink(missing_ok=True)                # under torchrun several processes try
-    return resumes
+        return True
+    if not overwrite:
+        raise UserError(f"{folder} already holds a run: continue it with --resume (if it has a "
+                        f"model.pt), replace it with --overwrite, or name another --out")
+    return False
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
@@ -410,23 +405,17 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
 
 def download(url: str) -> bytes:
     """What is at url, with a progress bar where stderr is a terminal."""
-    content = bytearray()
     try:
         with requests.get(url, stream=True, timeout=30) as answer:
             answer.raise_for_status()
-            size = int(answer.headers.get("Content-Length", 0))
-            with tqdm(desc=url, total=size, unit="B", unit_scale=True, disable=None) as bar:
-                for chunk in answer.iter_content(1 << 16):
-                    content += chunk
-                    bar.update(len(chunk))
+            chunks = answer.iter_content(2**20)
+            return b"".join(tqdm(chunks, desc=url, unit="MiB", disable=None))
     except requests.RequestException as error:          # also where it comes truncated
         raise UserError(f"could not download {url}: {error}") from error
-    return bytes(content)
 
 
 def download_task(task: Task, splits: tuple[str, ...]) -> Path:
-    """The task's folder in SMARTBERT_CACHE (or ~/.cache/smartbert), downloaded if it lacks one of
-    the splits."""
+    """The task's folder in SMARTBERT_CACHE (or ~/.cache/smartbert), downloaded if need be."""
     cache = os.environ.get("SMARTBERT_CACHE", "~/.cache/smartbert")
     folder = Path(cache).expanduser() / "glue" / task.folder
     if all((folder / f"{split}.tsv").is_file() for split in splits):
@@ -454,8 +443,8 @@ def split_mrpc() -> dict[str, bytes]:
 
 
 def fetch_weights(name: str) -> Path:
-    """A folder with BERT's weights. name: a folder, or a name on the Hugging Face hub, which the
-    hub's own library downloads into its cache. Raises UserError."""
+    """A folder with BERT's weights. name: a folder, or a name on the hub, whose own library
+    downloads it into its cache. Raises UserError."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -477,8 +466,7 @@ def fetch_weights(name: str) -> Path:
 
 
 def in_words(error: BaseException) -> str:
-    """Class and words of an exception and of its cause, in one line; without torch's advice to
-    load what is not safe."""
+    """Class and words of an exception and of its cause, in one line, without torch's advice."""
     words = f"{type(error).__name__}: {str(error).rpartition('WeightsUnpickler error: ')[2]}"
     if error.__cause__ is not None:
         words += f" from {error.__cause__!r}"
@@ -491,12 +479,10 @@ def one_line_errors(program: str) -> Iterator[None]:
     try:
         yield
         return
-    except KeyboardInterrupt:
-        reason = "stopped"
     except (UserError, OSError, zipfile.BadZipFile) as error:
         reason = error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in in_words(error).lower():
             raise
         reason = f"lower --batch-size or --max-length: {in_words(error)}"
     print(f"{program}: {reason}", file=sys.stderr)

@@ -29,9 +29,8 @@ from torch import Tensor
 from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
                   one_line_errors, pools, scores, write_text)
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
-from train import DEVICES, check_data, load_run, within
+from train import DEVICES, FREE, autocast, check_data, load_run, within
 
-PATHS = ("data_dir", "out", "resume", "overwrite")      # settings that say nothing of a result
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, over ln C
 
 
@@ -101,6 +100,9 @@ class Result:
     levels: list[dict]              # of the toy: examples, accuracy, layers of each level
 
 
+NOTHING = Result(*[None] * 7)       # where there are no held-out data
+
+
 def full_passes(run, model, split):
     """With gates (True) and without (False): all heads are asked (where the run has trained them)
     and nobody exits."""
@@ -128,14 +130,17 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
 
 def measure(model, split, task, outcome) -> Result:
     """The figures of an outcome."""
-    L, answers = outcome.ran.shape[1], outcome.logits.argmax(1)             # (N,)
+    L = outcome.ran.shape[1]
+    answers = outcome.logits.argmax(1)                                      # (N,)
     values = scores(task, answers.tolist(), split.labels)
+
     tokens = torch.tensor([len(ids) for ids in split.ids])                  # (N,)
     share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
     layers = outcome.ran.sum(1).float()                                     # (N,)
     reached = outcome.exit[:, None] >= torch.arange(1, L + 1)               # (N, L)
     skipped = (reached & ~outcome.ran).sum(0) / reached.sum(0).clamp(min=1)     # (L,)
     exits = outcome.exit.bincount(minlength=L + 1)[1:]                      # (L,)
+
     right, levels = (answers == torch.tensor(split.labels)).float(), []     # (N,)
     for level in sorted(set(split.levels)):
         rows = torch.tensor(split.levels) == level                          # (N,)
@@ -207,7 +212,8 @@ def table(rows, metric, layers):
     """The rows of eval.json as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
              f"  in seconds"]
-    notes = [f"({layers} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data)"]
+    notes = [f"({layers} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data, "
+             f"if they can tell)"]
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         held = "" if row["held_out"] is None else f"{row['held_out']:.3f}"
@@ -221,9 +227,6 @@ def table(rows, metric, layers):
         lines.append(f"{row['mode']:<6} {threshold:>9} {row['score']:>9.3f} {held:>9} "
                      f"{row['layers']:>7.2f} {row['flops']:>7.3f} {1 / row['flops']:>17.2f}x "
                      f"{faster:>11}{star}")
-    if len(notes) == 1 and rows[-1]["threshold"] is not None:
-        notes.append("(no *: thresholds are given, or held-out data are missing, lack a class, or "
-                     "score alike at all thresholds)")
     return "\n".join(lines + notes)
 
 
@@ -257,13 +260,13 @@ def evaluate(run, model, options):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    thresholds = options.thresholds
-    if thresholds is None:
-        thresholds = [round(share * math.log(len(task.labels)), 3) for share in SHARES]
     without = {"exit": Point("plain"), "both": Point("skip")}
     if not run.gates:
         del without["both"]
     points = list(without.values())
+    thresholds = options.thresholds
+    if thresholds is None:
+        thresholds = [round(share * math.log(len(task.labels)), 3) for share in SHARES]
     if run.exits:
         points += [Point(mode, value) for mode, value in product(without, thresholds)]
 
@@ -272,29 +275,29 @@ def evaluate(run, model, options):
     if len(held) > 0:
         held = encode(tokenizer, held, settings.max_length)
         full = full_passes(run, model, held)
-        for mode in without:
-            grid += quantiles(mode, full[mode == "both"])
-        held_out = measure_all(model, held, task, full, points + grid)
-    if options.thresholds is None and len(set(held.labels)) == len(task.labels):
+        held_out = measure_all(model, held, task, full, points)
         for mode, point in without.items():
-            tried = {point: held_out[point] for point in grid if point.mode == mode}
+            candidates = quantiles(mode, full[point.gated])
+            tried = measure_all(model, held, task, full, candidates)
             stars += choose(tried, held_out[point], options.target_speedup)
+            grid += candidates
+            held_out |= tried
+    if options.thresholds is not None or len(set(held.labels)) < len(task.labels):
+        stars = []
     points = [point for point in points if point not in stars] + stars
 
     # The dev sets: every point follows from two passes; only the seconds are of real inference.
     for name in task.devs:
         split = encode(tokenizer, splits[name], settings.max_length)
-        split.partial = split.partial or splits["train"].partial
+        split.partial |= splits["train"].partial
         results = measure_all(model, split, task, full_passes(run, model, split), points + grid)
         timed = seconds(run, model, split, points[:1] + stars, options.repeats)
         rows = []
         for point in points:
-            before = held_out.get(point)
+            before = held_out.get(point, NOTHING)
             rows.append(vars(point) | vars(results[point]) | {
-                "criterion": run.criterion, "chosen": point in stars,
-                "held_out": getattr(before, "score", None),
-                "held_out_flops": getattr(before, "flops", None),
-                "seconds": timed.get(point, 0.0)})
+                "criterion": run.criterion, "chosen": point in stars, "held_out": before.score,
+                "held_out_flops": before.flops, "seconds": timed.get(point, 0.0)})
         curve = [vars(point) | {"score": results[point].score, "flops": results[point].flops}
                  for point in grid]
         report(run, split, rows, curve)
@@ -306,7 +309,7 @@ def report(run, split, rows, curve):
     metric, L = task.metrics[0], len(rows[0]["skip_rate"])
     guess = int(np.bincount(split.labels).argmax())
     majority = scores(task, [guess] * len(split), split.labels)[metric]
-    settings = {name: value for name, value in vars(run.settings).items() if name not in PATHS}
+    settings = {name: value for name, value in vars(run.settings).items() if name not in FREE}
     settings["weights"] = Path(settings["weights"]).name
     result = {"task": task.name, "split": split.name, "partial": split.partial, "metric": metric,
               "examples": len(split), "majority": majority, "layers": L,
@@ -341,7 +344,7 @@ def main(arguments=sys.argv[1:]):
         run, model = load_run(options.run, options.device)
         if options.data_dir is not None:
             run.settings.data_dir = options.data_dir
-        with torch.autocast(options.device, torch.bfloat16, enabled=run.settings.bf16):
+        with autocast(run.settings):
             evaluate(run, model, options)
 
 

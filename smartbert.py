@@ -14,7 +14,6 @@ Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and hea
 C classes. mask is True at real tokens, False at padding.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +99,9 @@ class SmartBert(nn.Module):
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
         self.heads = nn.ModuleList(ExitHead(H, W, classes, dropout) for _ in range(L))
         self.projections = nn.ModuleList(projection(H, W) for _ in range(L))    # for phase 1
-        for part in (self.gates, self.heads, self.projections):
-            for p in part.parameters():
-                if p.dim() > 1:                     # an input of unit scale keeps its scale
-                    nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        for p in nn.ModuleList([self.gates, self.heads, self.projections]).parameters():
+            if p.dim() > 1:                         # an input of unit scale keeps its scale
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
         """Plain BERT: every layer, then the last head. ids, ... (B, S) -> logits (B, C)."""
@@ -299,7 +297,7 @@ class Outcome:
     history: Tensor         # (N, L, C): what they said, logits; 0 where not asked
 
 
-def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int) -> Iterator[tuple]:
+def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int):
     """Split the chosen rows of a pool into batches of at most batch_tokens tokens (padding
     counts), but at least one row each. chosen (N,) bool, mask (N, S). Yields the positions of a
     batch's rows in the pool (n,), the length s of its longest row, and its mask (n, s) or None."""
@@ -376,7 +374,6 @@ def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
     """`infer` for a whole split: its examples in their order, on the CPU. pools: data.pools of it;
     so memory stays bounded. how: skip, threshold, all_heads. Sets eval mode."""
     model.eval()
-    parts = [vars(infer(model, *pool.inputs, **how)) for pool in pools]
+    parts = [vars(infer(model, *pool.inputs, **how)).values() for pool in pools]
     back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # to the split's order
-    return Outcome(**{name: torch.cat([part[name] for part in parts]).cpu()[back]
-                      for name in parts[0]})
+    return Outcome(*[torch.cat(columns).cpu()[back] for columns in zip(*parts)])

@@ -12,20 +12,18 @@ A run's folder holds model.pt (all that counts), run.json (its readable copy), t
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import sys
-from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # oneDNN keeps kernels for each shape of batch: in bf16 on a CPU more than a gigabyte on RTE.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
-import torch.nn.functional as F
 from torch import distributed, nn
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from bert import Bert, BertConfig, load_bert
@@ -64,13 +62,11 @@ AUTHORS = dict(
 FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # they change no result
 WEIGHTS = "google-bert/bert-base-uncased"
 METHODS = ("smartbert", "exits", "bert")
-WEIGHT_DECAY = 0.01                     # not on biases and LayerNorm
-CLIP = 1.0                              # largest norm of the gradient
 # Under torchrun: how many processes there are, and which one this is.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
-GPUS = {"cuda": torch.cuda, "mps": torch.backends.mps}
-DEVICES = [name for name, gpu in GPUS.items() if gpu.is_available()] + ["cpu"]
+DEVICES = [name for name, gpu in (("cuda", torch.cuda), ("mps", torch.backends.mps))
+           if gpu.is_available()] + ["cpu"]
 
 
 def within(kind, low, high):
@@ -153,7 +149,7 @@ def parse(arguments, methods=METHODS):
 class Run:
     """What model.pt holds besides the weights: what is trained, and how far training is."""
     folder: Path
-    settings: Namespace
+    settings: argparse.Namespace
     digest: str                         # of the training set
     gates: bool                         # whether the run has gates ...
     exits: bool                         # ... and exits
@@ -189,7 +185,7 @@ def train_phase1(run, model, training, judged):
                 factor = warmup_decay(step - start, steps - start, settings.warmup)
                 set_rates(optimizer, factor, gates=factor)
             lam, budget = penalty_at(run, step / steps)
-            with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
+            with autocast(settings):
                 parts = phase1_loss(model, *batch.inputs, batch.labels, lam=lam, budget=budget,
                                     hard=run.epoch >= settings.soft_epochs, eta1=settings.eta1,
                                     full_share=settings.full_share)
@@ -214,15 +210,17 @@ def penalty_at(run, progress):
 def keep_best(run, model, seen):
     """Keep this epoch's weights unless an earlier epoch was better: by the rank of its gates, of
     equal ranks by its score, of equal scores by fewer layers; of equal ones the later is kept."""
-    best, score, layers = run.best, next(iter(seen.values())), seen["layers"]
+    best, layers = run.best, seen["layers"]
+    score = next(iter(seen.values()))                   # of the task's main metric
     gates = gates_so_far(run, layers / len(model.gates))
+
     better = layers <= best["layers"]
     if score != best["score"]:
         better = score > best["score"]
     if gates != best["gates"]:                          # has the last word
         better = gates > best["gates"]
     if better:
-        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        weights = copy.deepcopy(model.state_dict())
         run.best = {"gates": gates, "score": score, "layers": layers, "weights": weights}
 
 
@@ -255,7 +253,7 @@ def train_phase2(run, model, training, judged):
         log = []
         for step, steps, batch in draw_batches(run, training, settings.epochs2):
             set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
-            with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
+            with autocast(settings):
                 parts = phase2_loss(model, *batch.inputs, batch.labels, eta2=settings.eta2,
                                     full_share=settings.full_share)
             log.append(update(model, parts, optimizer))
@@ -274,13 +272,18 @@ def train_bert(run, model, training, judged):
         log = []
         for step, steps, batch in draw_batches(run, training, settings.epochs1):
             set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
-            with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
-                loss = F.cross_entropy(model(*batch.inputs), batch.labels)
+            with autocast(settings):
+                loss = nn.functional.cross_entropy(model(*batch.inputs), batch.labels)
             log.append(update(model, {"loss": loss}, optimizer))
         end_epoch(run, model, optimizer, log, judged)
 
 
 # --- The pieces of the three --------------------------------------------------------------------
+
+def autocast(settings):
+    """The context in which a model computes: bfloat16 with --bf16."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
+
 
 def make_optimizer(model, rates, state):
     """AdamW over modules, each with its own learning rate; everything else is frozen. rates: name
@@ -291,9 +294,9 @@ def make_optimizer(model, rates, state):
         module.requires_grad_(True)
         matrices = [p for p in module.parameters() if p.dim() > 1]
         vectors = [p for p in module.parameters() if p.dim() == 1]      # biases and LayerNorm
-        groups.append({"params": matrices, "name": name, "peak": lr, "weight_decay": WEIGHT_DECAY})
+        groups.append({"params": matrices, "name": name, "peak": lr, "weight_decay": 0.01})
         groups.append({"params": vectors, "name": name, "peak": lr, "weight_decay": 0.0})
-    optimizer = AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     if state is not None:
         optimizer.load_state_dict(state)
     return optimizer
@@ -336,7 +339,7 @@ def update(model, parts, optimizer):
         for p in trained:
             distributed.all_reduce(p.grad)
             p.grad /= WORLD
-    norm = nn.utils.clip_grad_norm_(trained, CLIP)
+    norm = nn.utils.clip_grad_norm_(trained, 1.0)
     if not norm.isfinite():
         raise UserError(f"training diverged, the gradient is {norm.item()}: start over with "
                         f"--overwrite and a lower --lr or --lr-new")
@@ -348,10 +351,12 @@ def update(model, parts, optimizer):
 def end_epoch(run, model, optimizer, log, judged):
     """Judge an epoch on this split, add it to the run's log (with the means over its steps), store
     the run, say so. Under torchrun every process judges, so that all choose the same epoch."""
-    settings, task, threshold = run.settings, TASKS[run.settings.task], None
-    if run.phase == 2:
-        threshold = 0.5 * math.log(len(task.labels))    # for the log only: eval.py chooses one
-    with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
+    settings, task = run.settings, TASKS[run.settings.task]
+    threshold = None
+    if run.phase == 2:                                  # for the log only: eval.py chooses one
+        threshold = 0.5 * math.log(len(task.labels))
+
+    with autocast(settings):
         outcome = infer_pools(model, pools(judged, settings.device), skip=run.gates,
                               threshold=threshold)
     seen = scores(task, outcome.logits.argmax(1).tolist(), judged.labels)
@@ -359,12 +364,15 @@ def end_epoch(run, model, optimizer, log, judged):
     if run.phase == 1:
         keep_best(run, model, seen)
     run.epoch += 1
-    means = {part: torch.stack([parts[part] for parts in log]).mean(0).tolist() for part in log[0]}
-    run.log.append({"phase": run.phase, "epoch": run.epoch} | means | {judged.name: seen})
+    entry = {"phase": run.phase, "epoch": run.epoch, judged.name: seen}
+    for part in log[0]:
+        entry[part] = torch.stack([parts[part] for parts in log]).mean(0).tolist()
+    run.log.append(entry)
     run.optimizer = optimizer.state_dict()
     save_run(run, model)
+
     metric, score = next(iter(seen.items()))
-    print(f"phase {run.phase} epoch {run.epoch}  loss {means['loss']:.3f}  {judged.name} {metric} "
+    print(f"phase {run.phase} epoch {run.epoch}  loss {entry['loss']:.3f}  {judged.name} {metric} "
           f"{score:.3f} with {seen['layers']:.1f} of {len(model.gates)} layers", flush=True)
 
 
@@ -413,7 +421,7 @@ def load_run(folder, device):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         run = Run(**content["run"])
-        run.folder, run.settings = Path(folder), Namespace(**run.settings)
+        run.folder, run.settings = Path(folder), argparse.Namespace(**run.settings)
         run.settings.device = device
         classes = len(TASKS[run.settings.task].labels)
         model = SmartBert(Bert(BertConfig(**run.config)), classes)
@@ -495,8 +503,6 @@ def main(arguments=sys.argv[1:]):
     with one_line_errors("train.py"):
         join_processes()
         print(f"now: python eval.py {train(settings)}")
-    if WORLD > 1:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -199,7 +199,6 @@ def test_hold_out_is_stratified_disjoint_and_reproducible():
     assert len(data.hold_out(split, 0.0, seed=5)[1]) == 0
     rest, held = data.hold_out(split, 0.5, seed=5, limit=80)  # of the first 80
     assert sorted(rest.levels + held.levels) == list(range(80))
-    fails(lambda: data.hold_out(split, 0.5, 5, limit=60), "same label")
     large = Split("train", [("a", None)] * 50_000, [0, 1, 1, 1, 1] * 10_000)
     held = data.hold_out(large, 0.1, seed=1)[1]  # more would select no better
     assert len(held) == 2000 and held.labels.count(0) == 400
@@ -456,6 +455,7 @@ def test_vocab_txt_is_read_as_the_file_beside_it_says(tmp_path, lower, strip, ch
     stated = {"do_lower_case": lower, "strip_accents": strip, "tokenize_chinese_chars": chinese,
               "added_tokens_decoder": usual, "tokenizer_class": "BertTokenizerFast"}
     write(tmp_path / "vocab.txt", "\r\n".join(WORDS))
+    write(tmp_path / "config.json", {"model_type": "bert"})
     write(tmp_path / "tokenizer_config.json", stated | {"unk_token": "[UNK]"})
     write(tmp_path / "special_tokens_map.json", {"unk_token": usual[1]})
     accent = "e" if strip or strip is None and lower else "\u00e9"
@@ -521,7 +521,7 @@ def test_only_a_run_of_ours_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("error, words", [
     (UserError("mend it"), "mend it"), (FileNotFoundError(2, "No such file", "x.tsv"), "x.tsv"),
-    (KeyboardInterrupt(), "stopped"), (MemoryError("out of memory"), "lower --batch-size"),
+    (MemoryError("out of memory"), "lower --batch-size"),
     (RuntimeError("CUDA out of memory.\nTried"), "CUDA out of memory"),
     (RuntimeError("shapes"), None), (KeyError("x"), None),
 ])
