@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from conftest import save_tiny_weights, tiny_batch, tiny_model
 import train
 from data import TASKS, Split, collate, encode, hold_out, load_task, load_tokenizer
 from eval import apply_exits, auxiliary_flops, layer_flops, plain_flops
-from results import bench, ceiling, criteria, rivals, study
+from results import bench, ceiling, criteria, rivals, run_study, study
 from smartbert import infer
 
 RESULTS = Path(study.__file__).parent
@@ -260,6 +261,53 @@ def test_the_tables_of_two_seeds(tmp_path, refused):
     pytest.importorskip("matplotlib")
     study.main([*files, "--plot"])
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_makes_what_is_missing(tmp_path, monkeypatch, refused):
+    """Its commands are what train.py and rivals.py take. A BERT is trained once, before the runs
+    that start from it; a run that fails is named, and the next call makes the rest."""
+    asked, said = dict(weights="w", data_dir="g", runs=tmp_path / "runs", folder="f"), []
+    for name, command in run_study.COMMANDS.items():
+        script, *words = [word.format(**asked) for word in command.split()]
+        settings = (train.parse if script == "train.py" else rivals.parse_all)(words)
+        assert name.startswith(settings.task) and name.endswith(str(settings.seed))
+    def run(words, stdout, stderr):
+        trains = "--out" in words
+        folder = Path(words[words.index("--out") + 1] if trains else words[2])
+        said.append((words[1].name, folder.name))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not trains:
+            (folder / "eval.json").write_text(folder.name)
+        return SimpleNamespace(returncode=int(folder.name in broken))
+    monkeypatch.setattr(run_study, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_study.subprocess, "run", run)
+    (tmp_path / "sst2-51.json").write_text("there")
+    flags = "--weights w --data-dir g --runs runs --only sst2*".split()
+    broken = ["sst2-52"]
+    refused(run_study.main, flags, "sst2-52 failed: runs/sst2-52.log")
+    broken.clear()
+    run_study.main(flags)
+    made = {path.stem: path.read_text() for path in tmp_path.glob("sst2*.json")}
+    assert made == {name: name for name in run_study.COMMANDS if "sst2" in name} | {
+        "sst2-51": "there"}
+    trained = [name for script, name in said if script in ("train.py", "rivals.py")]
+    assert sorted(trained) == sorted([*(made.keys() - {"sst2-51"}), "sst2-52"])
+    assert trained.index("sst2-bert-50") < trained.index("sst2-deebert-50")
+    assert ("criteria.py", "sst2-pabee-50") in said and ("eval.py", "sst2-pabee-50") not in said
+
+
+def test_a_row_beside_the_stored_seeds(tmp_path, monkeypatch, capsys):
+    def content(score, cost):
+        row = {"mode": "both", "threshold": .3, "chosen": True, "score": score, "flops": cost}
+        return json.dumps({"rows": [row, row | {"chosen": False, "score": 9}]})
+    for seed, score in (50, .7), (51, .8), (52, .9):
+        (tmp_path / f"cola-{seed}.json").write_text(content(score, .3))
+    monkeypatch.setattr(run_study, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_study, "make", lambda name, *more: content(.99, .4))
+    flags = ["--weights", "w", "--data-dir", "g", "--runs", str(tmp_path)]
+    run_study.main([*flags, "--check", "cola-50"])
+    assert capsys.readouterr().out.splitlines() == [
+        "both score 0.990 in 0.800 +- 0.200", "both flops 0.400 NOT in 0.300 +- 0.000"]
 
 
 def test_ceiling(tmp_path, runs, refused):
