@@ -1,5 +1,4 @@
-"""What several test files share: a tiny model of odd sizes, and the folder with real data where
-there is one."""
+"""What several test files share: a tiny model of odd sizes, and the folder with real data."""
 
 import builtins
 import io
@@ -9,11 +8,10 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-# No test asks the hub or reads the user's cache: its library reads these when it is loaded. That
-# is here, because its log stays bound to the stderr of that moment, which a test would close.
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+# No test asks the hub or reads the user's cache: its library reads these when it is loaded, here,
+# because its log stays bound to the stderr of that moment, which a test would close.
 HUB_HOME = tempfile.TemporaryDirectory(prefix="smartbert-tests-")
-os.environ["HF_HOME"] = HUB_HOME.name
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": HUB_HOME.name}
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 import huggingface_hub.file_download  # noqa: F401
@@ -50,30 +48,20 @@ def refused(capsys, tmp_path, monkeypatch):
         if said[0].startswith("usage:"):  # argparse's own errors
             said.pop(0)
         assert stop.value.code == 2 and len(said) == 1, said
-        for word in words:
-            assert word in said[0]
+        assert all(word in said[0] for word in words), (words, said[0])
         return said[0]
 
     monkeypatch.chdir(tmp_path)
     return check
 
 
-def tiny_model(
-    seed: int = 0, classes: int = 3, layers: int = 5, dropout: float = 0.0
-) -> SmartBert:
+def tiny_model(seed=0, classes=3, layers=5, dropout=0.0) -> SmartBert:
     """5 layers, 20 wide, random enough that gates and heads disagree from row to row."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=41,
-        hidden_size=20,
-        num_hidden_layers=layers,
-        num_attention_heads=5,
-        intermediate_size=28,
-        max_position_embeddings=17,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.4,
-    )
+    config = BertConfig(vocab_size=41, hidden_size=20, num_hidden_layers=layers,
+                        num_attention_heads=5, intermediate_size=28, max_position_embeddings=17,
+                        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+                        initializer_range=0.4)
     model = SmartBert(Bert(config), classes, gate_bias=0.0)
     with torch.no_grad():
         for gate in model.gates:  # far from 1/2, so that no rounding flips a decision
@@ -83,11 +71,8 @@ def tiny_model(
     return model.eval()
 
 
-def tiny_batch(
-    seed: int = 0, rows: int = 9, longest: int = 13
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, segment_ids, mask (rows, longest), of all lengths from 2 on, with rubbish in the
-    padding."""
+def tiny_batch(seed=0, rows=9, longest=13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, segment_ids, mask (rows, longest): lengths from 2 on, with rubbish in the padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 41, (rows, longest), generator=generator)
     segment_ids = torch.randint(0, 2, (rows, longest), generator=generator)
@@ -96,57 +81,41 @@ def tiny_batch(
     return ids, segment_ids, torch.arange(longest) < lengths[:, None]
 
 
-TINY_WORDS = [
-    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    *"abcdefghijklmnopqrstuvwxyz0123456789",
-    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
-]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+TINY_WORDS = [*SPECIAL, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
 
 
 def tokenizer_json(words: list[str] = TINY_WORDS, **changes) -> dict:
     """What transformers 5 writes into tokenizer.json for a BertTokenizer with these words."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-
-    def token(name: str, segment: int) -> dict:
-        return {"SpecialToken": {"id": name, "type_id": segment}}
-
-    def text(name: str, segment: int) -> dict:
-        return {"Sequence": {"id": name, "type_id": segment}}
-
-    single = [token("[CLS]", 0), text("A", 0), token("[SEP]", 0)]
+    def part(name: str, segment: int) -> dict:
+        kind = "SpecialToken" if name in SPECIAL else "Sequence"
+        return {kind: {"id": name, "type_id": segment}}
+    single = [part("[CLS]", 0), part("A", 0), part("[SEP]", 0)]
     ends = {name: {"id": name, "ids": [words.index(name)], "tokens": [name]}
             for name in ("[CLS]", "[SEP]")}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": word, **flags, "special": True}
-                         for i, word in enumerate(words) if word in special],
+                         for i, word in enumerate(words) if word in SPECIAL],
         "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True,
                        "handle_chinese_chars": True, "strip_accents": None},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {"type": "TemplateProcessing", "single": single,
-                           "pair": [*single, text("B", 1), token("[SEP]", 1)],
-                           "special_tokens": ends},
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "post_processor": {"type": "TemplateProcessing", "single": single,
+                           "pair": [*single, part("B", 1), part("[SEP]", 1)],
+                           "special_tokens": ends},
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                  "max_input_chars_per_word": 100,
-                  "vocab": {word: i for i, word in enumerate(words)}},
+                  "max_input_chars_per_word": 100, "vocab": dict(zip(words, range(len(words))))},
     } | changes
 
 
 def save_tiny_weights(folder: Path, old: bool = False) -> Path:
     """A weights folder in the hub's layout: two layers, 8 wide, an alphabet of word pieces. As
     transformers 5 saves it, or as the oldest models are: pytorch_model.bin and vocab.txt."""
-    config = BertConfig(
-        vocab_size=len(TINY_WORDS),
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=24,
-    )
+    config = BertConfig(vocab_size=len(TINY_WORDS), hidden_size=8, num_hidden_layers=2,
+                        num_attention_heads=2, intermediate_size=12, max_position_embeddings=24)
     parts = Bert(config).state_dict()
     tensors = {"pooler.dense.weight": torch.eye(8), "pooler.dense.bias": torch.zeros(8)}
     for ours, theirs in name_table(config).items():
@@ -170,12 +139,8 @@ def weights_refused(refused, tmp_path):
     rows = "a\tb\tentailment\nc d\te\tnot_entailment\n" * 5
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("sentence1\tsentence2\tlabel\n" + rows)
-
-    def check(weights: str | Path, *words: str) -> str:
-        settings = ["--task", "rte", "--data-dir", tmp_path, "--max-length", 16, "--epochs1", 1]
-        return refused(train.main, [*settings, "--weights", weights, "--out", "run"], *words)
-
-    return check
+    settings = [*"--task rte --max-length 16 --epochs1 1 --out run --data-dir".split(), tmp_path]
+    return lambda weights, *words: refused(train.main, [*settings, "--weights", weights], *words)
 
 
 @pytest.fixture

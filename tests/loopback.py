@@ -15,17 +15,15 @@ from conftest import save_tiny_weights
 
 class Server(BaseHTTPRequestHandler):
     """Serves server.files, of each at most 100,000 bytes; logs what it was asked for."""
-
     def do_GET(self):
         self.server.log.append(self.path)
         body = self.server.files.get(self.path)
-        self.answer(404 if body is None else 200, body or b"", {})
+        self.answer(404 if body is None else 200, body or b"")
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] = {}) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[:100_000])
@@ -38,7 +36,7 @@ def serve(monkeypatch, handler):
     """A server on this machine for the length of a test; its url ends without a slash."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.files, server.log, server.refusals = {}, [], {}
+        server.files, server.log, server.refusals = {}, [], {"": (404,)}
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -61,28 +59,21 @@ def server(monkeypatch, tmp_path):
 
 class Hub(Server):
     """As much of the hub's protocol as snapshot_download needs. server.files: OWNER/NAME -> the
-    files of that repository. server.refusals: "revision" or "resolve" -> what it says instead."""
-
+    files of that repository. server.refusals: a word of its paths -> what it answers instead."""
     def do_GET(self):
         path, commit = self.path.partition("?")[0].removeprefix("/api/models"), f"{1:040x}"
         self.server.log.append(path)
         asked = re.fullmatch("/(.+?/.+?)/(revision|tree|resolve)/[^/]+/?(.*)", path)
-        if asked is None:  # newer versions have other questions, too
-            return self.answer(404, b"", {})
-        name, word, file = asked.groups()
+        name, word, file = asked.groups() if asked else ("", "", "")  # newer versions ask more
         if word in self.server.refusals:
-            status, code, words = self.server.refusals[word]
-            return self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": words})
+            return self.answer(*self.server.refusals[word])
         files = self.server.files[name]
-        tags = {name: f"{abs(hash(body)):x}" for name, body in files.items()}
         if word == "resolve":
-            tag = {"ETag": f'"{tags[file]}"', "X-Repo-Commit": commit}
-            return self.answer(200, files[file], tag)
-        content = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
-        if word == "tree":
-            content = [{"type": "file", "path": file, "size": len(files[file]), "oid": tags[file]}
-                       for file in files]
-        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+            return self.answer(200, files[file], {"ETag": file, "X-Repo-Commit": commit})
+        listed = [{"type": "file", "path": file, "rfilename": file, "oid": file,
+                   "size": len(body)} for file, body in files.items()]
+        content = {"id": name, "sha": commit, "siblings": listed}
+        self.answer(200, json.dumps(listed if word == "tree" else content).encode())
 
     do_HEAD = do_GET
 

@@ -111,13 +111,13 @@ def test_a_stopped_run_goes_on_the_same_way(tmp_path, monkeypatch, runs):
     """BERxiT's steps count on; PABEE does not start from the BERT anew."""
     def stop(*arguments):
         train.end_epoch(*arguments)
-        raise KeyboardInterrupt
+        raise EOFError
     for method, flags in (("berxit", ["--epochs1", "2", "--batch-size", "36"]),
                           ("pabee", ["--epochs1", "2", "--from-run", str(runs / "bert")])):
         whole, half = tmp_path / method / "whole", tmp_path / method / "half"
         flags = [*TOY, "--method", method, *flags, "--out"]
         rivals.main([*flags, str(whole)])
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(EOFError):
             patch.setattr(rivals, "end_epoch", stop)
             rivals.main([*flags, str(half)])
         rivals.main([*flags, str(half), "--resume"])
