@@ -27,7 +27,7 @@ from data import (TASKS, UserError, encode, load_task, load_tokenizer, one_line_
                   write_text)
 from eval import auxiliary_flops, full_passes, layer_flops
 from smartbert import entropy
-from train import DEVICES, FREE, METHODS, check_data, load_run, parse
+from train import DEVICES, FREE, METHODS, autocast, check_data, load_run, parse
 
 LARGEST = 1100                          # a larger dev set is shown as a sample
 
@@ -108,7 +108,7 @@ def main(arguments=sys.argv[1:]):
         run, model = load_run(folder, DEVICES[0])
         if run.criterion != "entropy" or not run.finished:
             raise UserError(f"{folder} is not finished, or does not exit by entropy")
-        with torch.autocast(DEVICES[0], torch.bfloat16, enabled=run.settings.bf16):
+        with autocast(run.settings):
             values = json.dumps(content(run, model), ensure_ascii=False)
         values = values.replace("<", "\\u003c")         # so no text ends the script that holds it
         template = (HERE / "page.html").read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ from data import (TASKS, UserError, atomic_write, encode, load_task, load_tokeni
                   one_line_errors, pools)
 from eval import Point
 from smartbert import infer_pools
-from train import load_run
+from train import autocast, load_run
 
 # Told apart by colour-blind eyes as well. Of layers, blue ran and yellow was skipped.
 BLUE, ORANGE, GREEN, GRAY, YELLOW = "#0072B2", "#E69F00", "#009E73", "#999999", "#F0E442"
@@ -169,7 +169,7 @@ def plot(folder):
     dev = load_task(name, run.settings.data_dir)[split]
     dev = encode(load_tokenizer(folder), dev, run.settings.max_length)
     point = Point(shown["mode"], shown["threshold"])
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):
+    with autocast(run.settings):
         outcome = infer_pools(model, pools(dev), skip=point.gated, threshold=point.threshold)
         full = infer_pools(model, pools(dev), skip=False, all_heads=True)
     plot_examples(plt, folder / "examples.png", outcome, title)

@@ -21,7 +21,7 @@ from data import (TASKS, Split, UserError, encode, load_tokenizer, one_line_erro
                   split_lines)
 from eval import flops, plain_flops
 from smartbert import entropy, infer_pools
-from train import load_run
+from train import autocast, load_run
 
 
 def find_threshold(run, threshold):
@@ -97,7 +97,7 @@ def main(arguments=sys.argv[1:]):
         split = read_examples(task, lines)
         warn_of_unknown_words(tokenizer, lines)
         split = encode(tokenizer, split, run.settings.max_length)
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):
+        with autocast(run.settings):
             outcome = infer_pools(model, pools(split), skip=run.gates, threshold=threshold)
         if asked.file is None:
             print(trace(model, torch.tensor([len(split.ids[0])]), outcome, task.labels))

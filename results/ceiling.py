@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer, one_line_errors,
                   pools, scores, write_text)
 from smartbert import infer_pools
-from train import check_data, load_run
+from train import autocast, check_data, load_run
 
 SHUFFLES = 5
 PATHS = ("gates", "shuffled", "most_run", "greedy", "plain")
@@ -116,7 +116,7 @@ def main(arguments=sys.argv[1:]):
             run, model = load_run(folder, "cpu")
             if asked.data_dir is not None:
                 run.settings.data_dir = asked.data_dir
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.settings.bf16):  # as trained
+            with autocast(run.settings):  # as trained
                 found = ceiling(run, model)
             results.append(found)
             line = "{run:<14} {layers:>6.2f} {patterns:>6}".format(**found)

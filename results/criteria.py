@@ -26,7 +26,7 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from eval import Point, apply_exits, choose, measure, report
 from smartbert import Outcome, entropy, infer_pools
 from study import at_cost
-from train import DEVICES, check_data, load_run, within
+from train import DEVICES, autocast, check_data, load_run, within
 
 
 # --- The criteria -------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def main(arguments=sys.argv[1:]):
             run.settings.data_dir = asked.data_dir
         if not run.exits or not run.finished:
             raise UserError(f"{run.folder} is not finished, or has no exit heads: name another")
-        with torch.autocast(asked.device, torch.bfloat16, enabled=run.settings.bf16):
+        with autocast(run.settings):
             splits = load_task(run.settings.task, run.settings.data_dir)
             check_data(run, splits["train"])
             if asked.criterion is None:

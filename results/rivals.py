@@ -14,7 +14,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bert import mask_or_none
 from data import UserError, load_task, one_line_errors
 from smartbert import SmartBert
-from train import (check_data, draw_batches, end_epoch, join_processes, load_run, make_optimizer,
-                   parse, prepare, save_run, set_rates, train_bert, train_phase1, train_phase2,
-                   update, warmup_decay)
+from train import (autocast, check_data, draw_batches, end_epoch, join_processes, load_run,
+                   make_optimizer, parse, prepare, save_run, set_rates, train_bert, train_phase1,
+                   train_phase2, update, warmup_decay)
 
 
 # --- The losses ---------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def train_heads(run, model, training, judged):
         log = []
         for step, steps, batch in draw_batches(run, training, epochs):
             set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
-            with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
+            with autocast(settings):
                 loss = loss_of(model, batch.inputs, batch.labels, step)
             log.append(update(model, {"loss": loss}, optimizer))
         end_epoch(run, model, optimizer, log, judged)

@@ -1,11 +1,8 @@
 """Remakes fixtures/google.zip: the BERT of fixtures/bert.npz as Google published its models.
+For developers; needs the package tensorflow: python tests/make_google_fixture.py
 
-A developer's script, which needs the package tensorflow. From the repository's root:
-
-    python tests/make_google_fixture.py
-
-The zip holds bert_config.json, vocab.txt and a checkpoint written by
-TensorFlow, with an optimizer's tensors that a reader must leave out.
+The zip holds bert_config.json, vocab.txt and a checkpoint written by TensorFlow, with an
+optimizer's tensors that a reader must leave out.
 """
 
 import json
@@ -33,13 +30,10 @@ for name in stored:
         tensors |= {path: value, path + "/adam_m": value, path + "/adam_v": value**2}
 
 with tempfile.TemporaryDirectory() as folder:
-    prefix, names = Path(folder, "bert_model.ckpt"), sorted(tensors)
-    tf.raw_ops.SaveV2(
-        prefix=str(prefix),
-        tensor_names=names,
-        shape_and_slices=[""] * len(names),
-        tensors=[tf.constant(tensors[name]) for name in names],
-    )
+    names = sorted(tensors)
+    tf.raw_ops.SaveV2(prefix=f"{folder}/bert_model.ckpt", tensor_names=names,
+                      shape_and_slices=[""] * len(names),
+                      tensors=[tf.constant(tensors[name]) for name in names])
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{i}" for i in range(5, 37)]
     with zipfile.ZipFile(FIXTURES / "google.zip", "w", zipfile.ZIP_DEFLATED) as files:
         inside = "uncased_L-3_H-20_A-5/"

@@ -1,69 +1,49 @@
 """The assignment: blanks that fail, solutions that pass, wrong answers that are named; and the
-solutions of the lesson's exercises."""
+lesson's exercises."""
 
 import doctest
 import inspect
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from test_lesson import notebook
 
-import data
 import eval as evaluation
 import smartbert
-import train
 from lesson import assignment, judges
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "lesson/exercises.md").read_text(encoding="utf-8")
-LESSON, SOLUTIONS = (json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
-                     for name in ("lesson/lesson.ipynb", "lesson/solutions.ipynb"))
-CODE = [cell for cell in SOLUTIONS if cell["cell_type"] == "code"]
 COPIES = "bert data smartbert train eval conftest test_exercises test_smartbert test_eval".split()
 
 
-class Reports:
-    """A pytest plugin that keeps (markers, whether it passed, what was said) of every test."""
-
-    def __init__(self):
-        self.all = []
-
-    def pytest_runtest_logreport(self, report):
+def judged(folder: Path, tests: str, expression: str) -> list[tuple]:
+    """(markers, whether it passed, what was said) of each of the tests with these markers, run
+    with the folder's modules, but in this process, which has already loaded torch."""
+    reports = []
+    def keep(report):
         if report.when == "call":
             markers = {name for name in report.keywords if name.startswith("exercise")}
-            self.all.append((markers, report.passed, report.longreprtext))
+            reports.append((markers, report.passed, report.longreprtext))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", os.environ["HF_HOME"])          # conftest sets another
+        for name in COPIES:
+            patch.delitem(sys.modules, name, raising=False)
+        pytest.main(["-q", "-c", str(folder / "pyproject.toml"), "-o", "addopts=", "-p",
+                     "no:cacheprovider", "-m", expression, str(folder / tests)],
+                    plugins=[SimpleNamespace(pytest_runtest_logreport=keep)])
+        for name in COPIES:
+            sys.modules.pop(name, None)
+    return reports
 
 
-@pytest.fixture
-def judged(capsys):
-    """judged(folder, tests, expression): the reports of its tests with these markers, run with the
-    folder's modules, but in this process, which has already loaded torch."""
-
-    def run(folder: Path, tests: str, expression: str) -> list[tuple]:
-        reports = Reports()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_HOME", os.environ["HF_HOME"])          # conftest sets another
-            for name in COPIES:
-                patch.delitem(sys.modules, name, raising=False)
-            pytest.main(["-q", "-c", str(folder / "pyproject.toml"), "-o", "addopts=", "-p",
-                         "no:cacheprovider", "-m", expression, str(folder / tests)],
-                        plugins=[reports])
-            for name in COPIES:
-                sys.modules.pop(name, None)
-        capsys.readouterr()
-        return reports.all
-
-    return run
-
-
-def test_a_blank_fails_its_own_tests_and_no_earlier_ones(tmp_path, judged):
+def test_a_blank_fails_its_own_tests_and_no_earlier_ones(tmp_path):
     """With our functions its tests pass; when all are in, the copy is the project."""
     folder = tmp_path / "mine"
     assignment.main([str(folder)])
@@ -105,8 +85,7 @@ WRONG = [   # function, what stands in it, a typical mistake, what the judge say
     ("infer_one", "entropy(logits) <", "entropy(logits) <=", "below the threshold, not equal"),
     ("infer_one", "continue", "layer = lambda h, mask: h", "no head is asked after it"),
     ("infer_one", "if i < L:", "if True:", "the last head answers"),
-    ("infer_one", "model.heads[-1](h, None)",
-     "model.heads[-1](h, None) if L in ran else (logits, h)", "even if the last layer was"),
+    ("infer_one", "heads[-1]", "heads[ran[-1] - 1]", "even if the last layer was"),
     ("infer_one", "if skip and gate", "if gate", "skip=False asks no gate"),
     ("infer_one", "ran.append(i)", "ran.append(i - 1)", "counted from 1"),
     ("contrast", "log_s.logsumexp(dim=-1)", "(log_s.exp().sum(-1) - log_s.diagonal(dim1=1, "
@@ -122,20 +101,17 @@ WRONG = [   # function, what stands in it, a typical mistake, what the judge say
     ("skip_penalty", "1 - g_used", "1 - g_soft", "takes the gates as used"),
     ("gated_forward", "(1 - g) * output + g * h", "g * output + (1 - g) * h", "g weighs"),
     ("gated_forward", "if hard:", "if not hard:", "hard gates mix if hard"),
-    ("gated_forward", "torch.rand(len(ids), device=h.device)", "torch.rand(1).expand(len(ids))",
-     "draw for each row"),
+    ("gated_forward", "torch.rand(len(ids), ", "torch.rand(1, ", "draw for each row"),
     ("gated_forward", "outputs.append(output)", "outputs.append(h)", "what left the layer"),
     ("phase1_loss", "gated.last", "gated.outputs[-1]", "the last head reads h_L"),
     ("phase1_loss", "gated.inputs", "gated.outputs", "compares what enters the layers"),
-    ("phase1_loss", "(1 - eta1) * (task + penalty) + eta1 *",
-     "eta1 * (task + penalty) + (1 - eta1) *", "eta1 weighs the contrast"),
+    ("phase1_loss", "loss = ", "eta1 = 1 - eta1\n    loss = ", "eta1 weighs the contrast"),
     ("phase1_loss", "1 - gated.g_used", "1 - gated.g_soft", "takes the gates as used"),
     ("phase2_loss", "hard=True", "hard=False", "follow the hard gates"),
     ("phase2_loss", "gated.outputs", "[*gated.inputs[1:], gated.last]", "not the mixture h_i"),
     ("phase2_loss", "stack(pairs).mean()", "stack(pairs).sum()", "the mean over the pairs"),
     ("phase2_loss", "torch.no_grad()", "torch.enable_grad()", "gets a gradient"),
-    ("phase2_loss", "(1 - eta2) * task + eta2 *", "eta2 * task + (1 - eta2) *",
-     "eta2 weighs the contrast"),
+    ("phase2_loss", "loss = ", "eta2 = 1 - eta2\n    loss = ", "eta2 weighs the contrast"),
     ("layer_flops", "+ 4 * tokens**2 * H", "", "attention's own products"),
     ("auxiliary_flops", "+ 2 * W * W +", "+ 2 * tokens * W * W +", r"only \[CLS\] has a query"),
     ("flops", "* outcome.ran", "+ 0 * outcome.ran", "skipped layers cost nothing"),
@@ -170,9 +146,8 @@ def test_a_typical_mistake_is_named(monkeypatch, name, found, put, words):
 def test_its_text():
     """Titles, minutes, functions and commands are the table's; the numbers in it are right."""
     sections = re.split(r"\n## (?=\d)", TEXT)[1:]
-    assert len(sections) == len(assignment.EXERCISES)
-    for number, (title, minutes, functions, _) in enumerate(assignment.EXERCISES, start=1):
-        section = sections[number - 1]
+    exercises = enumerate(assignment.EXERCISES, start=1)
+    for section, (number, (title, minutes, functions, _)) in zip(sections, exercises, strict=True):
         heading = section.splitlines()[0].lower()
         assert heading.startswith(f"{number}. {title} ({minutes} minutes"), heading
         assert f"`python -m pytest -q -m exercise{number}`" in section
@@ -205,46 +180,25 @@ def test_what_a_student_sees(tmp_path):
 def test_what_is_refused(tmp_path, refused):
     """Writing over files, and solving where nothing is to be solved."""
     refused(assignment.main, ["new", "--solve", 5], "new holds no assignment")
-    assert not (tmp_path / "new").exists()
-    refused(assignment.main, ["new", "--solve", 12], "--solve")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/notes.txt").write_text("mine")
-    refused(assignment.main, ["new"], "new is not a new or empty folder")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["notes.txt"]
-
-
-# --- The solutions of the lesson's exercises ----------------------------------------------------
-
-def test_every_solution_runs(tmp_path, monkeypatch):
-    """On small runs of a small toy."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    shutil.copy(ROOT / "train.py", tmp_path)                # by which a cell knows the folder
-    monkeypatch.setattr(data, "toy", partial(data.toy, 60, 30))
-    monkeypatch.setitem(train.BY_TASK, "toy", dict(epochs1=1, epochs2=1, gates_from=0.4))
-    names, before = {}, [smartbert.Gate, evaluation.auxiliary_flops, train.phase2_loss]
-    for cell in CODE:
-        exec("".join(cell["source"]), names)
-    assert [smartbert.Gate, evaluation.auxiliary_flops, train.phase2_loss] == before
-
-
-def parts(cells) -> list[str]:
-    """The text of a notebook's parts."""
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return re.split(r"^## (?=\d)", text, flags=re.MULTILINE)[1:]
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(assignment.main, [tmp_path], f"{tmp_path} is not a new or empty folder")
+    assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_every_exercise_has_a_solution():
-    """With its output; every number with a decimal point in the text, except in code, is in an
-    output; .998 stands for 0.998."""
-    outputs = [output for cell in CODE[1:] for output in cell["outputs"]]
-    assert all(cell["execution_count"] and cell["outputs"] for cell in CODE[1:])
-    assert {output["name"] for output in outputs} == {"stdout"}
-    printed = " ".join("".join(output["text"]) for output in outputs)
-    for asked, solved in zip(parts(LESSON), parts(SOLUTIONS), strict=True):
+    lesson, solutions = (re.split(r"^## (?=\d)", notebook(name)[1], flags=re.MULTILINE)[1:]
+                         for name in ("lesson", "solutions"))
+    for asked, solved in zip(lesson, solutions, strict=True):
         assert asked.splitlines()[0] == solved.splitlines()[0]
-        exercises = asked.split("**Exercise", 1)[-1]
-        numbers = re.findall(r"^(\d)\. ", exercises, flags=re.MULTILINE)
-        assert re.findall(r"^\*\*(\d)\.", solved, flags=re.MULTILINE) == numbers
-        for whole, decimals in re.findall(r"(?<![\w.])(\d*)\.(\d+)", re.sub("`.*?`", "", solved)):
-            assert re.search(rf"\b{whole or 0}\.{decimals}(?!\d)", printed), f"{whole}.{decimals}"
+        numbers = re.findall(r"^(\d)\. ", asked.split("**Exercise", 1)[-1], re.MULTILINE)
+        assert re.findall(r"^\*\*(\d)\.", solved, re.MULTILINE) == numbers
+
+
+def test_the_blank():
+    [blank] = re.findall(r"```python\n(.*?)```", notebook("lesson")[1], re.DOTALL)
+    def answer(words):
+        exec(blank.replace("return ...", f"return {words}"), vars(smartbert).copy())
+    answer("hard_weight(g)")
+    for wrong in "...", "g", "(g >= 0.5).float()", "(g > 0.5).float() + g - g.detach()":
+        with pytest.raises((AssertionError, RuntimeError, TypeError)):
+            answer(wrong)

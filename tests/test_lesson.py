@@ -1,38 +1,38 @@
-"""The lesson: its notebook, without Jupyter, on small runs; the trace; the pictures."""
+"""The lesson: its notebooks, without Jupyter, on small runs; the trace; the pictures."""
 
-import base64
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 import eval as evaluation
+import smartbert
 import train
 from lesson import pictures, trace
-from smartbert import entropy, hard_weight, infer, infer_one
 
 ROOT = Path(__file__).parent.parent
-CELLS = json.loads((ROOT / "lesson" / "lesson.ipynb").read_text(encoding="utf-8"))["cells"]
-CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
-TEXT = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
-OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def notebook(name: str) -> tuple[list[dict], str]:
+    """Its cells of code, and its text."""
+    cells = json.loads((ROOT / f"lesson/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return [cell for cell in cells if cell["cell_type"] == "code"], "\n".join(texts)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run of a small toy, whose gates and heads differ from example to example. While it is
-    there, the toy is small: 120 and 60 examples, 3 epochs."""
+    """A run of the toy, which is small meanwhile; its gates and heads differ from row to row."""
     path = tmp_path_factory.mktemp("lesson") / "toy"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "toy", partial(data.toy, 120, 60))
@@ -42,8 +42,7 @@ def folder(tmp_path_factory):
         with torch.no_grad():
             for gate, head in zip(model.gates, model.heads):
                 gate.out.weight.mul_(30)
-                gate.out.bias.zero_()
-                head.out.weight.mul_(3)
+                head.out.weight.mul_(6)
         train.save_run(run, model)
         yield path
 
@@ -51,7 +50,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def changed(folder, tmp_path):
     """changed(exits=False, ...): a copy of the run with other values of train.Run's fields."""
-
     def copy(task="toy", **fields):
         run, model = train.load_run(folder, "cpu")
         run.settings.task = task
@@ -59,127 +57,98 @@ def changed(folder, tmp_path):
         train.save_run(run, model)
         shutil.copy(folder / "tokenizer.json", run.folder)
         return run.folder
-
     return copy
 
 
-def test_every_cell_runs(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the runs of the repository stay as they are
+@pytest.mark.parametrize("name", ["lesson", "solutions"])
+def test_notebooks(folder, tmp_path, monkeypatch, name):
+    """Every number with a decimal point in the text, except in code, is in a stored output (.998
+    stands for 0.998). Every cell runs; what it replaces in a module, it puts back."""
+    (code, text), names, shown = notebook(name), {}, []
+    assert all(cell["execution_count"] and cell["outputs"] for cell in code[1:])
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    printed = " ".join("".join(output.get("text", "")) for output in outputs)
+    text = re.sub(r"```.*?```|`.*?`", "", text, flags=re.DOTALL)
+    for whole, decimals in re.findall(r"(?<![\w.])(\d*)\.(\d+)", text):
+        assert re.search(rf"\b{whole or 0}\.{decimals}(?!\d)", printed), f"{whole}.{decimals}"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     shutil.copy(ROOT / "train.py", tmp_path)  # by which a cell knows the folder
-    shown, jupyter = [], ModuleType("IPython.display")
-    jupyter.Image, jupyter.display = Path, lambda *paths: shown.extend(paths)
+    jupyter = SimpleNamespace(Image=Path, display=lambda *paths: shown.extend(paths))
     monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
     monkeypatch.setattr(pictures, "main", pictures.main if HAS_MATPLOTLIB else print)
-    names = {}
-    for cell in CODE:
+    before = [smartbert.Gate, evaluation.auxiliary_flops, train.phase2_loss]
+    for cell in code:
         exec("".join(cell["source"]), names)
-    assert len(shown) == sum("image/png" in output.get("data", {}) for output in OUTPUTS)
+    assert [smartbert.Gate, evaluation.auxiliary_flops, train.phase2_loss] == before
+    assert len(shown) == json.dumps(code).count('"image/png"')
     assert not HAS_MATPLOTLIB or all(path.is_file() for path in shown)
-    trained = sorted(path.name.removeprefix("toy-") for path in Path("runs").iterdir())
-    assert trained == "bert berxit deebert fastbert pabee soft toy".split()
-
-
-def test_the_stored_outputs_are_there():
-    """It can be read without running, and every number with a decimal point in the text, except in
-    code, is in an output; .998 stands for 0.998."""
-    assert all(cell["execution_count"] and cell["outputs"] for cell in CODE[1:])
-    for output in OUTPUTS:
-        assert output["output_type"] == "display_data" or output["name"] == "stdout"
-        assert len(base64.b64decode(output.get("data", {}).get("image/png", ""))) < 60_000
-    printed = " ".join("".join(output.get("text", "")) for output in OUTPUTS)
-    for text in TEXT:
-        text = re.sub(r"```.*?```|`.*?`", "", text, flags=re.DOTALL)
-        for whole, decimals in re.findall(r"(?<![\w.])(\d*)\.(\d+)", text):
-            assert re.search(rf"\b{whole or 0}\.{decimals}\b", printed), f"{whole}.{decimals}"
-
-
-@pytest.mark.parametrize("answer, right", [("hard_weight(g)", True), ("...", False), ("g", False),
-    ("(g >= 0.5).float()", False), ("(g > 0.5).float() + g - g.detach()", False)])  # fmt: skip
-def test_the_blank(answer, right):
-    (blank,) = re.findall(r"```python\n(.*?)```", "".join(TEXT), re.DOTALL)
-    with nullcontext() if right else pytest.raises((AssertionError, RuntimeError, TypeError)):
-        exec(blank.replace("return ...", f"return {answer}"), dict(globals()))
-
-
-def brute_force(folder, text, threshold):
-    """The answer of infer_one for a text, as trace prints it; its path; entropy, FLOPs."""
-    model = train.load_run(folder, "cpu")[1]
-    split = data.encode(data.load_tokenizer(folder), data.Split("own", [(text, None)], [0]))
-    batch = data.collate(split, [0])
-    logits, ran, exit = infer_one(model, batch.ids, batch.segment_ids, threshold)
-    outcome = infer(model, *batch.inputs, threshold=threshold)
-    flops = evaluation.measure(model, split, data.TASKS["toy"], outcome).flops
-    answer = f"{'abc'[logits.argmax()]}\t{logits.softmax(1).max():.3f}\t{len(ran)}"
-    return answer, ran, exit, f"{entropy(logits).item():.3f}", f"{flops:.1%}"
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6, 1.2])
-def test_trace_is_infer_one(folder, capsys, threshold):
-    paths = set()
-    for text, _ in data.toy()["dev"].texts[:8]:
+def test_trace_is_infer_one(folder, tmp_path, capsys, threshold):
+    """Layer by layer; then all texts, of several lengths, as a file."""
+    model, tokenizer = train.load_run(folder, "cpu")[1], data.load_tokenizer(folder)
+    texts, answers, paths = [text for text, _ in data.toy()["dev"].texts[:9]], [], set()
+    for text in texts:
         trace.main([str(folder), text, "--threshold", str(threshold)])
         title, *layers, heading, printed = capsys.readouterr().out.splitlines()
-        answer, ran, exit, *last = brute_force(folder, text, threshold)
-        assert printed == answer and str(threshold) in heading and len(layers) == 6
+        split = data.encode(tokenizer, data.Split("own", [(text, None)], [0]))
+        batch = data.collate(split, [0])
+        logits, ran, exit = smartbert.infer_one(model, batch.ids, batch.segment_ids, threshold)
+        outcome = smartbert.infer(model, *batch.inputs, threshold=threshold)
+        flops = evaluation.measure(model, split, data.TASKS["toy"], outcome).flops
+        answers.append(f"{'abc'[logits.argmax()]}\t{logits.softmax(1).max():.3f}\t{len(ran)}")
+        assert printed == answers[-1] and str(threshold) in heading and len(layers) == 6
         for i, line in enumerate(layers, 1):
             assert ("not reached" in line) == (i > exit)
             assert ("ran" in line) == (i in ran)
             assert ("exited" in line) == (i == exit < 6)
             assert i > exit or (float(line.split()[1]) < 0.5) == (i in ran)  # the gate
-        assert layers[exit - 1].split()[-2:] == last
+        entropy = smartbert.entropy(logits).item()
+        assert layers[exit - 1].split()[-2:] == [f"{entropy:.3f}", f"{flops:.1%}"]
         paths.add((tuple(ran), exit))
     assert len(paths) > 1
-
-
-def test_file_answers_line_by_line(folder, tmp_path, capsys):
-    texts = [text for text, _ in data.toy()["dev"].texts[:9]]  # of several lengths
     (tmp_path / "texts").write_text("\n".join(texts) + "\r\n\n", encoding="utf-8")
-    trace.main([str(folder), "--file", str(tmp_path / "texts"), "--threshold", "0.6"])
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [brute_force(folder, text, 0.6)[0] for text in texts]
-    # As a command, from standard input.
+    trace.main([str(folder), "--file", f"{tmp_path}/texts", "--threshold", str(threshold)])
+    assert capsys.readouterr().out.splitlines() == answers
+
+
+def test_trace_as_a_command_reads_standard_input(folder):
     command = [sys.executable, ROOT / "lesson" / "trace.py", folder, "--file", "-"]
     done = subprocess.run(command, input="king dragon b ab\n", capture_output=True, text=True)
     assert re.fullmatch(r"[abc]\t\d\.\d{3}\t\d\n", done.stdout)
     assert done.stderr == "warning: not in the vocabulary: dragon\n"
 
 
-@pytest.mark.parametrize("gates, star", [(True, "0.7"), (False, "0.5")])
-def test_threshold(changed, capsys, gates, star):
+def test_threshold(changed, capsys, tmp_path):
     """Unless it is named: the star of the run's mode, or .3."""
-    folder = changed(gates=gates)
-    rows = [{"mode": "both", "threshold": 0.9, "chosen": False},
-            {"mode": "exit", "threshold": 0.5, "chosen": True},
-            {"mode": "both", "threshold": 0.7, "chosen": True}]  # fmt: skip
-    for kept, threshold in ((rows, star), (rows[:1], "0.3")):
-        (folder / "eval.json").write_text(json.dumps({"rows": kept}))
-        trace.main([str(folder), "king coin b"])
+    rows = [dict(mode=mode, threshold=threshold, chosen=chosen) for mode, threshold, chosen in
+            (("both", 0.9, False), ("exit", 0.5, True), ("both", 0.7, True))]
+    for gates, kept, threshold in (True, rows, 0.7), (False, rows, 0.5), (True, rows[:1], 0.3):
+        (changed(gates=gates) / "eval.json").write_text(json.dumps({"rows": kept}))
+        trace.main([f"{tmp_path}/run", "king coin b"])
         assert f"(threshold: {threshold})" in capsys.readouterr().out
 
 
 def test_plain_bert_asks_only_the_last_head(changed, capsys):
-    trace.main([str(changed(gates=False, exits=False)), "king coin b"])
-    layers = [line.split() for line in capsys.readouterr().out.splitlines()[1:7]]
-    assert [words[1] for words in layers] == ["ran"] * 6
-    assert [len(words) for words in layers] == [3] * 5 + [6] and layers[-1][-1] == "100.0%"
-
-
-def test_a_task_of_pairs(changed, capsys, refused):
-    folder = changed(task="mnli")  # three classes as well
-    trace.main([str(folder), "king coin b ab", "king coin b"])
-    assert capsys.readouterr().out.splitlines()[-1].split("\t")[0] in data.TASKS["mnli"].labels
-    refused(trace.main, [folder, "king coin b"], "'king coin b': mnli takes 2 text(s)")
+    """Of a pair, too."""
+    trace.main([str(changed(task="mnli", gates=False, exits=False)), "king coin b", "king b"])
+    _, *lines, _, answer = capsys.readouterr().out.splitlines()
+    words = [line.split()[1:] for line in lines]
+    assert [each[0] for each in words] == ["ran"] * 6 and words[-1][-1] == "100.0%"
+    assert [len(each) for each in words] == [2, 2, 2, 2, 2, 5]
+    assert answer.split("\t")[0] in data.TASKS["mnli"].labels
 
 
 def test_trace_refuses(folder, changed, refused, tmp_path):
     refused(trace.main, ["nowhere", "king coin b"], "nowhere/model.pt")
     refused(trace.main, [folder, "king", "coin"], "toy takes 1 text(s)")
     refused(trace.main, [folder, "--file", "nowhere"], "No such file", "nowhere")
-    refused(trace.main, [folder, "king", "--threshold", "much"], "--threshold")
     for content, words in ((b"king coin b\n \n", "example 2 is ' '"), (b"\xff", "is not UTF-8")):
         (tmp_path / "texts").write_bytes(content)
-        refused(trace.main, [folder, "--file", tmp_path / "texts"], words)
+        refused(trace.main, [folder, "--file", "texts"], words)
     refused(trace.main, [changed(criterion="patience"), "king"], "does not exit by entropy")
     refused(trace.main, [changed(finished=False), "king"], "is not finished")
 
@@ -188,8 +157,7 @@ def test_pictures(folder, changed, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         refused(pictures.main, [folder], "pip install matplotlib")
-    if not HAS_MATPLOTLIB:
-        pytest.skip("matplotlib is not installed: no picture is drawn, only a refusal is tested")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: no picture is drawn")
     refused(pictures.main, ["nowhere"], "eval.json is not there")
     for run in (folder, changed(exits=False, gates=False)):
         evaluation.main([str(run), "--repeats", "0", "--device", "cpu"])

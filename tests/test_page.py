@@ -1,11 +1,7 @@
 """lesson/page.py in a real browser: figures, controls, texts."""
 
-import json
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,74 +12,56 @@ from test_eval import evaluated, make_run, sentences, write_tsv
 import data
 import train
 from eval import Point, full_passes, measure_all
+from lesson import page as script
 from smartbert import entropy, infer_pools
 
 LESSON = Path(__file__).parent.parent / "lesson"
-sys.path.append(str(LESSON))
-import page as script  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = '<script>alert(1)</script> <img src=x onerror=alert(2)> </script><!-- {{DATA}} & "\u2028'
 
 
-def make_page(folder, task, **kind):
-    """The folder of a run of an untrained model, evaluated, with its page."""
-    first, second = sentences(40, 3), sentences(40, 4)
-    first[7], labels = NASTY, (20 * data.TASKS[task].labels)[:40]
-    for name in ("train", *data.TASKS[task].devs):
-        path = folder / data.TASKS[task].folder / f"{name}.tsv"
-        if task in ("mnli", "mrpc"):
-            write_tsv(path, "\t".join(data.TASKS[task].columns), first, second, labels)
-        if task == "cola":                              # its files have no header
+def make_page(folder, name, **kind):
+    """A run of an untrained model, its dev set, the rows of its evaluation and its page."""
+    task, first, second = data.TASKS[name], sentences(40, 3), sentences(40, 4)
+    first[8], labels = NASTY, (20 * task.labels)[:40]
+    for split in ("train", *task.devs):
+        path = folder / task.folder / f"{split}.tsv"
+        if name in ("mnli", "mrpc"):
+            write_tsv(path, "\t".join(task.columns), first, second, labels)
+        if name == "cola":                              # its files have no header
             write_tsv(path, "a\t1\t\tcat", second, labels, labels, first)
-    run = make_run(folder, "--max-length", "12", task=task, **kind)
-    evaluated(run)
-    script.main([str(run)])
-    return run
+    path = make_run(folder, "--max-length", "12", task=name, **kind)
+    rows = evaluated(path)["rows"]
+    script.main([str(path)])
+    run, model = train.load_run(path, "cpu")
+    split = data.load_task(name, run.settings.data_dir)[task.devs[0]]
+    split = data.encode(data.load_tokenizer(path), split, run.settings.max_length)
+    return SimpleNamespace(page=path / "page.html", rows=rows, run=run, model=model, split=split)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Of single sentences and pairs, of two and three classes, with every metric."""
-    made = {}
-    for task in ("toy", "mnli", "mrpc", "cola"):
-        folder = make_page(tmp_path_factory.mktemp(task), task)
-        run, model = train.load_run(folder, "cpu")
-        split = data.load_task(task, run.settings.data_dir)[data.TASKS[task].devs[0]]
-        split = data.encode(data.load_tokenizer(folder), split, run.settings.max_length)
-        rows = json.loads((folder / "eval.json").read_text())["rows"]
-        made[task] = SimpleNamespace(folder=folder, rows=rows, run=run, model=model, split=split)
-    return made
+    names = "toy", "mnli", "mrpc", "cola"
+    return {name: make_page(tmp_path_factory.mktemp(name), name) for name in names}
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    if CHROMIUM is None:
+def show():
+    """show(file, fragment) opens a page in a browser; it says nothing, asks for no other file."""
+    path, said = shutil.which("chromium") or shutil.which("chromium-browser"), []
+    if path is None:
         pytest.skip("no browser here: apt-get install chromium")
     driver = pytest.importorskip("playwright.sync_api", reason="no pip install playwright here")
     with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def show(chromium):
-    """show(file or run, fragment) opens a page. In the end there must have been no message on the
-    console, no dialog and no request but for the file."""
-    said = []
-
-    def open_page(path, fragment=""):
-        tab = chromium.new_page()
-        for event in ("console", "pageerror", "dialog", "request"):
-            tab.on(event, lambda what: said.append(str(what)))
-        if path.is_dir():
-            path = path / "page.html"
-        tab.goto(f"{path.as_uri()}#{fragment}")
-        assert path.as_uri() in said.pop(0)
-        return tab
-
-    yield open_page
+        browser = playwright.chromium.launch(executable_path=path)
+        def open_page(file, fragment=""):
+            tab = browser.new_page()
+            for event in ("console", "pageerror", "dialog", "request"):
+                tab.on(event, lambda what: said.append(str(what)))
+            tab.goto(f"{file.as_uri()}#{fragment}")
+            assert file.as_uri() in said.pop(0) and said == []
+            return tab
+        yield open_page
     assert said == []
 
 
@@ -99,42 +77,29 @@ def expected(row) -> list[str]:                         # as eval.py prints them
 
 @pytest.mark.parametrize("task", ["toy", "mnli", "mrpc", "cola"])
 def test_figures_are_those_of_eval(runs, show, task):
-    """In every row of the table: four modes, eight usual thresholds, the chosen ones. Then to the
-    last bit at thresholds that equal an entropy, and less and more than a float32 beside."""
-    made, tab, points = runs[task], show(runs[task].folder), [Point("plain")]
+    """In every row of the table; then to the last bit at, and a hair beside, entropies."""
+    made, tab = runs[task], show(runs[task].page)
     for row in made.rows:
         tab.evaluate("fragment => { location.hash = fragment; readFragment() }",
                      f"{row['mode']},{row['threshold'] or 0}")
         assert figures(tab) == expected(row), row
     full = full_passes(made.run, made.model, made.split)
-    values = sorted(set(entropy(full[True].history).flatten().tolist()))
-    for value in values[::len(values) // 10]:
-        for mode, beside in product(("exit", "both"), (1, 1 + 1e-15, 1 + 1e-7, 1 - 1e-7)):
-            points.append(Point(mode, value * beside))
-    shown = tab.evaluate("points => points.map(([mode, threshold]) => measure(mode, threshold))"
-                         ".map(each => [each.score, each.flops, each.layers, each.values])",
+    values = entropy(full[True].history).unique()
+    values, beside = values[::len(values) // 10].tolist(), (1, 1 + 1e-15, 1 + 1e-7, 1 - 1e-7)
+    points = [Point(mode, x * by) for mode, x, by in product(("exit", "both"), values, beside)]
+    shown = tab.evaluate("points => points.map(point => ({...measure(...point), rows: 0}))",
                          [[point.mode, point.threshold] for point in points])
     results = measure_all(made.model, made.split, data.TASKS[task], full, points).values()
-    for result, (score, flops, layers, found) in zip(results, shown, strict=True):
-        assert (score, flops, layers) == (result.score, result.flops, result.layers)
-        assert result.scores.items() <= found.items()
+    for result, each in zip(results, shown, strict=True):
+        assert all(each[name] == getattr(result, name) for name in ("score", "flops", "layers"))
+        assert result.scores.items() <= each["values"].items()
     for x, digits in product((0.0625, 0.1875, 3.125, 3.375, 2.675, -0.3125, -0.1), (0, 2, 3)):
         assert tab.evaluate(f"fixed({x}, {digits})") == f"{x:.{digits}f}"       # as in Python
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no browser here: apt-get install chromium")
-@pytest.mark.parametrize("task", ["toy", "mnli"])
-def test_figures_as_dumped_by_chromium_without_a_driver(runs, task):
-    row, url = runs[task].rows[-1], (runs[task].folder / "page.html").as_uri()
-    url += f"#{row['mode']},{row['threshold']}"
-    dumped = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--dump-dom", url],
-                            capture_output=True, text=True, timeout=60, check=True).stdout
-    assert re.findall(r"</small><b[^>]*>([^<]*)</b>", dumped) == expected(row)
-
-
 def test_one_example_in_each_mode_and_layer(runs, show):
     """Its answer, exit and layers are those of `infer`."""
-    made, tab, names = runs["mnli"], show(runs["mnli"].folder), data.TASKS["mnli"].labels
+    made, tab, names = runs["mnli"], show(runs["mnli"].page), data.TASKS["mnli"].labels
     for skip, limit in product((False, True), (None, 0.9)):
         outcome = infer_pools(made.model, data.pools(made.split), skip=skip, threshold=limit)
         for row in range(0, 40, 3):
@@ -149,13 +114,13 @@ def test_one_example_in_each_mode_and_layer(runs, show):
             assert states.count("unreached") == 5 - exit
 
 
-def test_switches_slider_star_fragment_and_curves(runs, show):
-    rows, tab = runs["toy"].rows, show(runs["toy"].folder)
+def test_controls(runs, show):
+    """Switches, slider, star, fragment, curves; rows sorted, filtered and chosen."""
+    rows, tab, split = runs["toy"].rows, show(runs["toy"].page), runs["toy"].split
     assert figures(tab) == expected(rows[-1])           # it opens at the * of both
-    tab.get_by_label("exits").uncheck()
-    assert figures(tab) == expected(rows[1]) and tab.locator("#slider").is_disabled()
-    tab.get_by_label("gates").uncheck()
-    assert figures(tab) == expected(rows[0])
+    for name, row in ("exits", rows[1]), ("gates", rows[0]):
+        tab.get_by_label(name).uncheck()
+        assert figures(tab) == expected(row) and tab.locator("#slider").is_disabled()
     tab.get_by_label("exits").check()
     tab.get_by_label("gates").check()
     tab.get_by_label("exit if the entropy is below").press("Home")
@@ -173,10 +138,6 @@ def test_switches_slider_star_fragment_and_curves(runs, show):
         said = tab.locator("#said").inner_text()
         assert said.startswith(mode) and tab.locator("#mode").inner_text() == mode
         assert f"accuracy {figures(tab)[0]}, FLOPs {figures(tab)[1]} " in said
-
-
-def test_rows_sorted_filtered_and_chosen(runs, show):
-    tab, split = show(runs["toy"].folder), runs["toy"].split
     for name, key in ("level", split.levels), ("length", [len(ids) for ids in split.ids]):
         tab.get_by_label("sorted by").select_option(name)
         assert [key[row] for row in tab.evaluate("order")] == sorted(key)
@@ -199,43 +160,37 @@ def test_rows_sorted_filtered_and_chosen(runs, show):
     assert tab.evaluate("Math.abs(order.indexOf(state.row) - 450) < 4")
 
 
-def test_markup_in_a_text_is_shown_as_it_stands(runs, show):
-    tab = show(runs["mnli"].folder, "both,0.5,8")
-    assert tab.locator("#tokens p").text_content().startswith(NASTY + "  |  ")
-    assert tab.locator("script").count() == 2 and tab.locator("img").count() == 0
-    tab.get_by_label("filter").fill("<script>alert(1)</script>")
-    assert tab.evaluate("order") == [7]
-
-
 def test_what_a_run_lacks_is_off_and_disabled(tmp_path, show):
     for kind, mode in ((["gates"], "exit"), (["exits"], "skip"), (["gates", "exits"], "plain")):
-        tab = show(make_page(tmp_path, "sst2", **dict.fromkeys(kind, False)), "both,0.3")
+        tab = show(make_page(tmp_path, "sst2", **dict.fromkeys(kind, False)).page, "both,0.3")
         assert tab.locator("#mode").inner_text() == mode
         assert all(tab.get_by_label(name).is_disabled() for name in kind)
 
 
 def test_a_large_dev_set_is_a_sample(tmp_path, show, monkeypatch):
+    """And markup in a text is shown as it stands."""
     monkeypatch.setattr(script, "LARGEST", 30)
-    tab = show(make_page(tmp_path, "mnli"))
+    tab, second = show(make_page(tmp_path, "mnli").page, "both,0.5,9"), sentences(40, 4)
     assert ": 30 examples, a sample of 40; all fig" in tab.locator("#run").inner_text()
-    rows, texts, seconds = tab.evaluate("D.rows"), tab.evaluate("texts"), sentences(40, 4)
+    rows, texts = tab.evaluate("[D.rows, texts]")
     assert len(set(rows)) == 30
-    assert all(text.endswith(seconds[row]) for row, text in zip(rows, texts, strict=True))
+    assert all(text.endswith(second[row]) for row, text in zip(rows, texts, strict=True))
+    assert tab.locator("#tokens p").text_content().startswith(NASTY + "  |  ")
+    tab.get_by_label("filter").fill("<script>alert(1)</script>")
+    assert tab.evaluate("order") == [rows.index(8)]
 
 
 def test_the_commands_give_the_settings_again(tmp_path):
     for flags in ("", "--budget 0.7 --bf16", "--recipe release", "--method exits --eta1 0",
                   "--recipe release --budget 0.6 --out 'my run'"):
         settings = train.parse(["--task", "cola", *shlex.split(flags)])
-        run = train.Run(tmp_path, settings, "", gates=True, exits=True)
-        command, then, _ = script.commands(run)
+        command, then, _ = script.commands(train.Run(tmp_path, settings, "", True, True))
         assert train.parse(shlex.split(command)[2:]) == settings and settings.out in then
 
 
 def test_what_is_refused(tmp_path, refused):
     refused(script.main, [make_run(tmp_path, finished=False)], "not finished")
     refused(script.main, [make_run(tmp_path, criterion="patience")], "entropy")
-    refused(script.main, [tmp_path / "none"], "none")
 
 
 def test_the_toys_page_in_the_repository(show):
@@ -244,7 +199,7 @@ def test_the_toys_page_in_the_repository(show):
     toy, tab = (LESSON / "toy.html").read_text(), show(LESSON / "toy.html", "plain")
     assert toy.startswith(before) and toy.endswith(after) and len(toy) < 600_000
     assert figures(tab)[1:] == ["1.000", "1.00×", "6.00", "0.0%"]
-    for width, scheme in product((400, 1280), ("light", "dark")):
+    tab.emulate_media(color_scheme="dark")
+    for width in 400, 1280:
         tab.set_viewport_size({"width": width, "height": 800})
-        tab.emulate_media(color_scheme=scheme)
         assert tab.evaluate("document.documentElement.scrollWidth") == width

@@ -6,7 +6,6 @@ random weights: 5 layers, 24 wide, 3 heads, gates and heads 12 wide, 3 classes, 
 dropout, lambda .4, eta1 .03, eta2 .2, tau1 .5, tau2 .55. "padded" has padding, "full" has none.
 """
 
-import copy
 import math
 import random
 from itertools import product
@@ -132,28 +131,21 @@ def cross_entropy_by_hand(head, hiddens, labels) -> float:
     return -sum(answers).item() / len(answers)
 
 
-def test_skip_penalty():
-    """The paper's takes the soft gates, the budget the used ones; a met budget costs nothing."""
-    soft, used = torch.tensor([[0.25, 0.5], [0.75, 0.5]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    expected = {(0.3, 0.1): 0.3 / (0.5 + 0.5), (0.0, 0.1): 10 * (0.25 - 0.1)**2, (0.0, 0.3): 0}
-    for (lam, budget), value in expected.items():
-        assert skip_penalty(soft, used, lam, budget, 10.0).item() == pytest.approx(value)
-
-
+@pytest.mark.parametrize("lam, budget", [(0.0, 0.2), (0.0, 0.9), (0.3, 0.2)])
 @pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("lam", [0.0, 0.3])
 @torch.no_grad()
-def test_phase1_loss_by_hand(hard, lam):
-    """Every part: the contrast is a sum over the pairs, run counts the gates as used."""
+def test_phase1_loss_by_hand(hard, lam, budget):
+    """Every part. The paper's penalty takes the soft gates, the budget the used ones, and a met
+    budget costs nothing; the contrast is a sum over the pairs."""
     model, batch, labels = soft_model(seed=3), tiny_batch(rows=4, longest=5), [0, 2, 1, 1]
     states, _, soft, used = layers_by_hand(model, batch, hard)
     task = cross_entropy_by_hand(model.heads[-1], [row[5] for row in states], labels)
-    penalty = 3 * ((1 - used).mean().item() - 0.2)**2
+    penalty = 3 * max((1 - used).mean().item() - budget, 0)**2
     if lam > 0:
         penalty = lam / soft.mean(0).sum().item()
     u = [[project(row[i])[0] for row in states] for i, project in enumerate(model.projections)]
     pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.7) for i in range(4))
-    parts = phase1_loss(model, *batch, torch.tensor(labels), hard=hard, lam=lam, budget=0.2,
+    parts = phase1_loss(model, *batch, torch.tensor(labels), hard=hard, lam=lam, budget=budget,
                         budget_weight=3.0, eta1=0.4, tau1=0.7)
     assert parts.pop("run").tolist() == pytest.approx((1 - used).mean(0).tolist(), abs=1e-5)
     expected = {"loss": 0.6 * (task + penalty) + 0.4 * pairs, "task": task, "penalty": penalty,
@@ -178,22 +170,16 @@ def test_phase2_loss_by_hand():
     assert parts["contrast"] == 0                           # one head has no neighbour
 
 
-def test_phase1_reaches_all_it_trains_and_phase2_only_the_heads():
-    """A step of phase 2 leaves everything but heads 1 .. L-1 as it was, to the bit."""
-    model, batch, labels = tiny_model(dropout=0.1).train(), tiny_batch(), torch.arange(9) % 3
-    phase1_loss(model, *batch, labels, hard=True, lam=0.1)["loss"].backward()
-    for name, p in model.named_parameters():
-        rests = name.startswith("heads.") and not name.startswith("heads.4.")
-        rests = rests or name.startswith("heads.4.project.")
-        assert (p.grad is None) == rests, name
+def test_phase1_reaches_all_it_trains_and_phase2_only_the_early_heads():
+    model, inputs = tiny_model(dropout=0.1).train(), (*tiny_batch(), torch.arange(9) % 3)
+    names = [name for name, _ in model.named_parameters()]
+    early = {name for name in names if name.startswith("heads.") and name[6] != "4"}
+    phase1_loss(model, *inputs, hard=True, lam=0.1)["loss"].backward()
+    rests = early | {name for name in names if name.startswith("heads.4.project.")}
+    assert {name for name, p in model.named_parameters() if p.grad is None} == rests
     model.zero_grad()
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    phase2_loss(model, *batch, labels)["loss"].backward()
-    optimizer.step()
-    for name, value in model.state_dict().items():
-        trained = name.startswith("heads.") and not name.startswith("heads.4.")
-        assert torch.equal(value, before[name]) != trained, name
+    phase2_loss(model, *inputs)["loss"].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == early
 
 
 @torch.no_grad()
@@ -251,22 +237,6 @@ def models() -> list[SmartBert]:
     return made
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("skip", [True, False])
-@torch.no_grad()
-def test_one_example_goes_as_by_hand(skip, threshold):
-    kinds = set()
-    for seed, model in enumerate(models()):
-        for one in alone(tiny_batch(seed)):
-            logits, ran, exit = infer_one(model, *one, threshold, skip)
-            hand = by_hand(model, *one, threshold, skip)
-            close(logits[0], hand.answer)
-            assert (ran, exit) == (hand.ran, hand.exit)
-            kinds.add((exit < 5, exit not in ran))
-    assert ((False, True) in kinds) == skip                 # some row skips its last layer
-    assert threshold < 0.5 or (True, False) in kinds        # some exit
-
-
 @pytest.fixture
 def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(True)                # fills what nobody has written
@@ -275,42 +245,37 @@ def fresh_memory_is_nan():
 
 
 @pytest.mark.parametrize("threshold, all_heads, limit", [
-    (None, False, None), (None, True, -1.0), (0.3, True, 0.3), (0.9, False, 0.9), (2, False, 2)])
+    (None, False, None), (None, True, -1.0), (0.0, True, 0.0), (0.3, True, 0.3),
+    (0.9, False, 0.9), (2, False, 2)])
 @pytest.mark.parametrize("skip", [True, False])
 @torch.no_grad()
-def test_a_pool_goes_as_each_of_its_rows_alone(fresh_memory_is_nan, skip, threshold, all_heads,
-                                               limit):
-    """In batches of any size: answer, layers and exit of every row as `infer_one` tells; the gates
-    and heads that were asked, and what they said, as by hand, 0 elsewhere."""
-    how = dict(skip=skip, threshold=threshold, all_heads=all_heads)
+def test_both_ways_of_inference_go_as_by_hand(fresh_memory_is_nan, skip, threshold, all_heads,
+                                              limit):
+    """`infer_one`, and each row of a pool in batches of any size: answer, layers and exit; the
+    gates and heads that were asked, and what they said, 0 elsewhere."""
+    kinds, how = set(), dict(skip=skip, threshold=threshold, all_heads=all_heads)
     for seed, model in enumerate(models()):
         batch = tiny_batch(seed, rows=11)
         pooled = [infer(model, *batch, **how, batch_tokens=size) for size in (1, 40, 999)]
         for row, one in enumerate(alone(batch)):
             logits, ran, exit = infer_one(model, *one, -1.0 if limit is None else limit, skip)
             hand = by_hand(model, *one, limit, skip)
+            close(logits[0], hand.answer)
+            assert (ran, exit) == (hand.ran, hand.exit)
+            kinds.add((exit < 5, exit not in ran))
             gates = torch.tensor([hand.gates.get(i, 0.0) for i in range(1, 6)])
             history = torch.stack([hand.heads.get(i, torch.zeros(3)) for i in range(1, 6)])
             for ours in pooled:
-                close(ours.logits[row], logits[0])
-                assert layers_of(ours.ran[row]) == ran and ours.exit[row] == exit
+                close(ours.logits[row], hand.answer)
+                assert layers_of(ours.ran[row]) == hand.ran and ours.exit[row] == hand.exit
                 assert layers_of(ours.gate_asked[row]) == list(hand.gates)
                 assert layers_of(ours.head_asked[row]) == list(hand.heads)
                 close(ours.gates[row], gates)
                 close(ours.history[row], history)
         if not skip and threshold is None:
             close(pooled[0].logits, model(*batch))          # plain BERT
-
-
-@torch.no_grad()
-def test_an_even_chance_skips():
-    """g = 1/2 exactly, as in the release at its start: in training and both ways of inference."""
-    model, batch = tiny_model(), tiny_batch()
-    for gate in model.gates:
-        nn.init.zeros_(gate.out.weight)                     # the bias is 0
-    assert gated_forward(model, *batch, hard=True).g_used.all()
-    assert not infer(model, *batch).ran.any()
-    assert not any(infer_one(model, *one, -1.0)[1] for one in alone(batch))
+    assert ((False, True) in kinds) == skip                 # some row skips its last layer
+    assert (threshold or 0) < 0.5 or (True, False) in kinds     # some exit
 
 
 def certain_model() -> SmartBert:
@@ -321,13 +286,19 @@ def certain_model() -> SmartBert:
     return model
 
 
-def test_on_the_threshold_nobody_exits():
-    """The entropy must be below it."""
+@torch.no_grad()
+def test_on_the_edge():
+    """g = 1/2 exactly, as in the release at its start, skips in training and in both ways of
+    inference. To exit, the entropy must be below the threshold."""
     model, batch = certain_model(), tiny_batch()
     for threshold, exit in (0.0, 5), (1e-6, 4):
         assert (infer(model, *batch, skip=False, threshold=threshold).exit == exit).all()
-        for one in alone(batch):
-            assert infer_one(model, *one, threshold, skip=False)[2] == exit
+        assert {infer_one(model, *one, threshold, skip=False)[2] for one in alone(batch)} == {exit}
+    for gate in model.gates:
+        nn.init.zeros_(gate.out.weight)                     # the bias is 0
+    assert gated_forward(model, *batch, hard=True).g_used.all()
+    assert not infer(model, *batch).ran.any()
+    assert not any(infer_one(model, *one, -1.0)[1] for one in alone(batch))
 
 
 def test_batches_are_full_and_no_fuller():
@@ -358,22 +329,15 @@ def test_many_pools_in_the_order_of_the_split():
         assert layers_of(outcome.ran[row]) == ran and outcome.exit[row] == exit
 
 
+@torch.no_grad()
 def test_bfloat16():
-    """Inference is near that of single examples in fp32; both losses have finite gradients."""
+    """Inference is near that of single examples in fp32."""
     model, batch = tiny_model(), tiny_batch()
     with torch.autocast("cpu", torch.bfloat16):
         pooled = infer(model, *batch, skip=False, threshold=0.0)
-    with torch.autocast("cpu", torch.bfloat16):     # as in training; one would share cast weights
-        parts = [phase1_loss(model, *batch, torch.arange(9) % 3, hard=True, lam=0.1),
-                 phase2_loss(model, *batch, torch.arange(9) % 3)]
     for row, one in enumerate(alone(batch)):
         logits, *_ = infer_one(model, *one, -1.0, skip=False)
         torch.testing.assert_close(pooled.logits[row], logits[0], rtol=0.05, atol=0.2)
-    for loss in parts:
-        model.zero_grad()
-        loss["loss"].backward()
-        trained = [p.grad for p in model.parameters() if p.grad is not None]
-        assert trained and all(grad.isfinite().all() for grad in trained)
 
 
 # --- The release --------------------------------------------------------------------------------
