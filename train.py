@@ -472,8 +472,8 @@ def prepare(settings, **kind):
     if changed:
         raise UserError(f"{folder} was started with {changed[0]} = {before[changed[0]]}, not "
                         f"{now[changed[0]]}: resume with the same settings")
-    if model.bert.config.hidden_size <= 64:     # so tiny that a second thread would only cost time
-        torch.set_num_threads(1)
+    if model.bert.config.hidden_size <= 64:     # so tiny that a second thread gains nothing
+        torch.set_num_threads(1)                # (one gives the same sums on every machine)
     tokenizer = load_tokenizer(folder)
     training = encode(tokenizer, training, settings.max_length)
     return run, model, training, encode(tokenizer, judged, settings.max_length)

@@ -7,7 +7,7 @@ BERxiT. Encoder, heads, data, learning rates and the choice of the epoch are Sma
 
 Flags are train.py's, and --from-run RUN: encoder and last head are those of a finished BERT
 (train.py --method bert) of the same task and data. DeeBERT and FastBERT then skip phase 1, which
-is a plain BERT's; --method smartbert trains gates for that BERT.
+is a plain BERT's.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from bert import mask_or_none
 from data import UserError, load_task, one_line_errors
 from smartbert import SmartBert
 from train import (autocast, check_data, draw_batches, end_epoch, join_processes, load_run,
-                   make_optimizer, parse, prepare, save_run, set_rates, train_bert, train_phase1,
-                   train_phase2, update, warmup_decay)
+                   make_optimizer, parse, prepare, save_run, set_rates, train_bert, update,
+                   warmup_decay)
 
 
 # --- The losses ---------------------------------------------------------------------------------
@@ -126,9 +126,8 @@ def train(settings):
         settings.weights = former.settings.weights      # for the tokenizer
     if method == "pabee":
         criterion = "patience"
-    run, model, training, judged = prepare(settings, gates=method == "smartbert",
-                                           exits=method in ONE_STAGE or settings.epochs2 > 0,
-                                           criterion=criterion)
+    exits = method in ONE_STAGE or settings.epochs2 > 0
+    run, model, training, judged = prepare(settings, gates=False, exits=exits, criterion=criterion)
     if former is not None and (run.phase, run.epoch) == (1, 0):
         model.bert.load_state_dict(bert.bert.state_dict())
         model.heads[-1].load_state_dict(bert.heads[-1].state_dict())
@@ -137,16 +136,12 @@ def train(settings):
     if run.phase == 1:
         if method in TWO_STAGES:
             train_bert(run, model, training, judged)
-        elif method in ONE_STAGE:
-            train_heads(run, model, training, judged)
         else:
-            train_phase1(run, model, training, judged)
+            train_heads(run, model, training, judged)
         model.load_state_dict(run.best["weights"])
         run.phase, run.epoch, run.optimizer, run.best = 2, 0, None, {}
     if method in TWO_STAGES:
         train_heads(run, model, training, judged)
-    elif method == "smartbert" and run.exits:
-        train_phase2(run, model, training, judged)
     run.finished, run.optimizer = True, None
     save_run(run, model)
     return run.folder
@@ -157,7 +152,7 @@ def parse_all(arguments):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--from-run")
     own, others = parser.parse_known_args(arguments)
-    settings = parse(others, methods=(*LOSSES, "smartbert"))
+    settings = parse(others, methods=tuple(LOSSES))
     settings.from_run = own.from_run
     return settings
 
