@@ -70,7 +70,7 @@ def test_cost_of_bert_base():
 # --- Exits from a full pass ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode, threshold", [
-    ("plain", None), ("skip", None), ("exit", 0.0), ("exit", 0.9), ("both", 0.0), ("both", 1.0)])
+    ("plain", None), ("skip", None), ("exit", 0.9), ("both", 0.0), ("both", 1.0), ("both", 2.0)])
 @pytest.mark.parametrize("number", range(6))
 @torch.no_grad()
 def test_a_result_by_hand(number, mode, threshold):

@@ -285,7 +285,7 @@ def by_hand(arguments, world: int = 1) -> dict:
 @pytest.mark.parametrize("more, phases", [
     ("--lr-gates 0.02 --budget 0.8 --epochs2 0", [1, 1, 1]),        # no exits
     ("--warmup 0.3 --lam 0.04 --soft-epochs 1", [1, 1, 1, 2, 2]),
-    ("--full-share 1 --eta1 0.2 --eta2 0.2 --epochs1 2 --epochs2 1", [1, 1, 2]),
+    ("--full-share 1 --gate-bias 1 --eta1 0.2 --eta2 0.2 --epochs2 1", [1, 1, 1, 2]),
     ("--method exits --warmup 0.3", [1, 1, 1, 2, 2]),
     ("--method bert --warmup 0.4 --batch-size 1 --epochs1 1", [1])])
 def test_training_by_hand(tmp_path, more, phases):
