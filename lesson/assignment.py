@@ -21,32 +21,26 @@ EXERCISES = (
         test_smartbert.test_hard_weight_is_exact_forward_and_soft_backward"""),
     ("the gate", 20, "smartbert.ClsAttention.forward smartbert.Gate.forward",
      "test_exercises.test_gate test_smartbert.test_a_new_gate_says_what_its_bias_says"),
-    ("inference for one example", 20, "smartbert.infer_one", """test_exercises.test_infer_one
-        test_smartbert.test_one_example_goes_as_by_hand"""),
+    ("inference for one example", 20, "smartbert.infer_one", "test_exercises.test_infer_one"),
     ("the contrast", 20, "smartbert.contrast", """test_exercises.test_contrast
         test_smartbert.test_contrast_by_brute_force"""),
-    ("the skip penalty", 10, "smartbert.skip_penalty", """test_exercises.test_skip_penalty
-        test_smartbert.test_skip_penalty"""),
+    ("the skip penalty", 10, "smartbert.skip_penalty", "test_exercises.test_skip_penalty"),
     ("phase 1", 40, "smartbert.gated_forward smartbert.phase1_loss",
      """test_exercises.test_gated_forward test_exercises.test_full_share
         test_exercises.test_phase1_loss test_smartbert.test_phase1_loss_by_hand
         test_smartbert.test_phase1_as_in_the_release"""),
     ("phase 2", 30, "smartbert.phase2_loss", """
         test_exercises.test_phase2_loss test_smartbert.test_rows_in_full_run_every_layer
-        test_smartbert.test_phase1_reaches_all_it_trains_and_phase2_only_the_heads
         test_smartbert.test_phase2_loss_by_hand test_smartbert.test_phase2_as_in_the_release
         test_smartbert.test_phase2s_contrast_differs_only_where_we_say"""),
     ("the cost", 30, "eval.layer_flops eval.auxiliary_flops eval.flops",
      "test_exercises.test_flops test_eval.test_cost_of_bert_base"),
     ("the threshold", 40, "eval.apply_exits eval.choose", """test_exercises.test_apply_exits
-        test_exercises.test_choose test_eval.test_choice
-        test_eval.test_no_choice_where_no_score_differs"""),
+        test_exercises.test_choose test_eval.test_choice"""),
     ("inference in batches", 60, "smartbert.infer", """test_exercises.test_infer
-        test_smartbert.test_a_pool_goes_as_each_of_its_rows_alone
-        test_smartbert.test_an_even_chance_skips test_smartbert.test_on_the_threshold_nobody_exits
+        test_smartbert.test_both_ways_of_inference_go_as_by_hand test_smartbert.test_on_the_edge
         test_smartbert.test_many_pools_in_the_order_of_the_split
-        test_smartbert.test_inference_as_in_the_release test_eval.test_a_result_by_hand
-        test_eval.test_exits_applied_to_a_full_pass_give_what_inference_gives"""),
+        test_smartbert.test_inference_as_in_the_release test_eval.test_a_result_by_hand"""),
 )
 COPIED = """bert.py data.py smartbert.py train.py eval.py requirements.txt LICENSE
     tests/conftest.py tests/test_smartbert.py tests/test_eval.py tests/fixtures/release.npz"""
