@@ -22,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import numpy as np
-import torch
 
 from data import (TASKS, UserError, atomic_write, encode, load_task, load_tokenizer,
                   one_line_errors, pools)

@@ -1,8 +1,5 @@
 """Remakes fixtures/bert.npz: a tiny random Hugging Face BertModel, and its hidden states on a
 padded batch. For developers; needs the package transformers: python tests/make_bert_fixture.py
-
-Stores config/* (numbers of config.json), weights/* (Hugging Face's names), ids, types (segment
-ids), mask (3, 9), hidden0 .. hidden3.
 """
 
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Remakes fixtures/google.zip: the BERT of fixtures/bert.npz as Google published its models.
 For developers; needs the package tensorflow: python tests/make_google_fixture.py
-
-The zip holds bert_config.json, vocab.txt and a checkpoint written by TensorFlow, with an
-optimizer's tensors that a reader must leave out.
 """
 
 import json

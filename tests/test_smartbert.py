@@ -310,17 +310,6 @@ def test_many_pools_in_the_order_of_the_split():
         assert (layers_of(outcome.ran[row]), outcome.exit[row]) == (ran, exit)
 
 
-@torch.no_grad()
-def test_bfloat16():
-    """Inference is near that of single examples in fp32."""
-    model, batch = tiny_model(), tiny_batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        pooled = infer(model, *batch, skip=False, threshold=0.0)
-    for row, one in enumerate(alone(batch)):
-        logits, *_ = infer_one(model, *one, -1.0, skip=False)
-        torch.testing.assert_close(pooled.logits[row], logits[0], rtol=0.05, atol=0.2)
-
-
 # --- The release --------------------------------------------------------------------------------
 
 # Our names inside a gate, a head or a projection -> the release's.

@@ -296,11 +296,6 @@ def test_training_by_hand(tmp_path, more, phases):
     assert run["gates"] == ("--method" not in more) and run["exits"] == (2 in phases)
 
 
-def test_rates_rise_and_fall():
-    expected = [0.5, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
-    assert [train.warmup_decay(step, 10, 0.2) for step in range(10)] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("line, expected", [
     ("--gates-from 0.4 --lam 0.3", [(0, 1)] * 4 + [(0.3, 1)] * 6),
     ("--recipe release", [(0.04, 1)] * 10), ("--method exits --budget 0.1", [(0, 1)] * 10),
