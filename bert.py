@@ -135,7 +135,7 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 
 def load_bert(folder: str | Path) -> Bert:
     """The pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError where
-    weights and config.json are not of one BERT, and what the library of a damaged file raises."""
+    weights and config.json do not fit; of a damaged file, whatever its library raises."""
     bert = Bert(read_config(Path(folder) / "config.json"))
     bert.load_state_dict(to_our_names(read_tensors(Path(folder)), bert.config))
     return bert
@@ -197,9 +197,9 @@ def to_our_names(tensors: dict[str, Tensor], config: BertConfig) -> dict[str, Te
 def read_config(path: Path) -> BertConfig:
     """config.json of a weights folder. Values that this code does not read are left out."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    required = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
-                "is_decoder": False, "add_cross_attention": False}
-    for name, value in required.items():
+    supported = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+                 "is_decoder": False, "add_cross_attention": False}
+    for name, value in supported.items():
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}, but this code supports only "
                              f"{value!r}: use other weights")

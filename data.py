@@ -71,7 +71,7 @@ def scores(task: Task, predictions: list[int], labels: list[int]) -> dict[str, f
     """The task's metrics, the main one first, from N class ids each. F1 (of class 1) and Matthews'
     correlation are 0 where they are undefined."""
     p, y = np.asarray(predictions), np.asarray(labels)
-    tn, fp, fn, tp = np.bincount(2 * (y == 1) + (p == 1), minlength=4).tolist()
+    tn, fp, fn, tp = np.bincount(2 * (y == 1) + (p == 1), minlength=4).tolist()     # 2 y + p
     spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     values = {"accuracy": float(np.mean(p == y)),
               "f1": 2 * tp / max(2 * tp + fp + fn, 1),
@@ -158,7 +158,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
     """(training part, held-out part) of the first `limit` examples, both in their order. A share
-    (0..1) of each class is drawn at random, at most about 2000 rows: more select no better."""
+    (0..1) of each class is drawn at random, at most 2000 rows or so: more select no better."""
     rng, held, split = random.Random(seed), set(), split.select(range(len(split))[:limit])
     share = min(share, 2000 / len(split))
     for label in sorted(set(split.labels)):
@@ -166,12 +166,6 @@ def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, 
         held.update(rng.sample(members, round(share * len(members))))
     training = split.select(sorted(set(range(len(split))) - held))
     return training, replace(split.select(sorted(held)), name="held-out")
-
-
-def digest(split: Split) -> str:
-    """SHA-256 of a split's texts and labels. A run stores it, to detect that its data changed."""
-    examples = repr(list(zip(split.texts, split.labels)))
-    return hashlib.sha256(examples.encode()).hexdigest()
 
 
 # --- Tokens and batches -------------------------------------------------------------------------
@@ -194,33 +188,6 @@ def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
                         f"{empty.tokens} with segments {empty.type_ids}, not [CLS] [SEP] [SEP] "
                         f"with 0 0 1")
     return tokenizer
-
-
-def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece over vocab.txt, a token a line; like transformers it makes lower-case of
-    texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
-    words = split_lines(path.read_bytes(), path)
-    advice = "save the tokenizer as tokenizer.json"
-    stated = {}
-    for file in (path.with_name("config.json"), *sorted(path.parent.glob("*token*.json"))):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        stated |= values
-        added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
-        added += values.get("additional_special_tokens", [])
-        if file.name == "added_tokens.json":
-            added += values
-        added = [token for token in added if token not in SPECIAL]
-        if added:
-            raise UserError(f"{file} adds the token {added[0]!r}: {advice}")
-    kind, unknown = str(stated.get("tokenizer_class")), str(stated.get("unk_token", "[UNK]"))
-    if kind not in ("None", "BertTokenizer", "BertTokenizerFast") or "[UNK]" not in unknown:
-        raise UserError(f"{path} is of a {kind} with {unknown} for unknown words: {advice}")
-    vocabulary = dict(zip(words, range(len(words))))
-    return BertWordPieceTokenizer(vocabulary, lowercase=stated.get("do_lower_case", True),
-                                  strip_accents=stated.get("strip_accents"),
-                                  handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
 
 
 def encode(tokenizer: Tokenizer, split: Split, max_length: int = 128) -> Split:
@@ -344,6 +311,39 @@ def split_lines(content: bytes, source: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text: {error}") from error
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
+    """BERT's WordPiece over vocab.txt, a token a line; like transformers it makes lower-case of
+    texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
+    words = split_lines(path.read_bytes(), path)
+    advice = "save the tokenizer as tokenizer.json"
+    stated = {}
+    for file in (path.with_name("config.json"), *sorted(path.parent.glob("*token*.json"))):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        stated |= values
+        added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
+        added += values.get("additional_special_tokens", [])
+        if file.name == "added_tokens.json":
+            added += values
+        added = [token for token in added if token not in SPECIAL]
+        if added:
+            raise UserError(f"{file} adds the token {added[0]!r}: {advice}")
+    kind, unknown = str(stated.get("tokenizer_class")), str(stated.get("unk_token", "[UNK]"))
+    if kind not in ("None", "BertTokenizer", "BertTokenizerFast") or "[UNK]" not in unknown:
+        raise UserError(f"{path} is of a {kind} with {unknown} for unknown words: {advice}")
+    vocabulary = dict(zip(words, range(len(words))))
+    return BertWordPieceTokenizer(vocabulary, lowercase=stated.get("do_lower_case", True),
+                                  strip_accents=stated.get("strip_accents"),
+                                  handle_chinese_chars=stated.get("tokenize_chinese_chars", True))
+
+
+def digest(split: Split) -> str:
+    """SHA-256 of a split's texts and labels. A run stores it, to detect that its data changed."""
+    examples = repr(list(zip(split.texts, split.labels)))
+    return hashlib.sha256(examples.encode()).hexdigest()
 
 
 def atomic_write(path: Path, save: Callable) -> None:

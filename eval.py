@@ -31,7 +31,7 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
 from train import DEVICES, FREE, autocast, check_data, load_run, within
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, over ln C
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, in ln C
 
 
 # --- The cost -----------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ NOTHING = Result(*[None] * 7)       # where there are no held-out data
 
 
 def full_passes(run, model, split):
-    """With gates (True) and without (False): all heads are asked (where the run has trained them)
-    and nobody exits."""
+    """{False: the outcome with every layer, True: with gates, if the run has them}. All heads are
+    asked, if the run has trained them, and nobody exits."""
     batches = pools(split, run.settings.device)
     return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
             for gated in {False, run.gates}}
@@ -139,7 +139,7 @@ def measure(model, split, task, outcome) -> Result:
     layers = outcome.ran.sum(1).float()                                     # (N,)
     reached = outcome.exit[:, None] >= torch.arange(1, L + 1)               # (N, L)
     skipped = (reached & ~outcome.ran).sum(0) / reached.sum(0).clamp(min=1)     # (L,)
-    exits = outcome.exit.bincount(minlength=L + 1)[1:]                      # (L,)
+    histogram = outcome.exit.bincount(minlength=L + 1)[1:]                  # (L,)
 
     right, levels = (answers == torch.tensor(split.labels)).float(), []     # (N,)
     for level in sorted(set(split.levels)):
@@ -148,17 +148,17 @@ def measure(model, split, task, outcome) -> Result:
                        "accuracy": right[rows].mean().item(),
                        "layers": layers[rows].mean().item()})
     return Result(values[task.metrics[0]], values, layers.mean().item(), share.item(),
-                  skipped.tolist(), exits.tolist(), levels)
+                  skipped.tolist(), histogram.tolist(), levels)
 
 
-def measure_all(model, split, task, full, points) -> dict[Point, Result]:
-    """The result at every point, from the full passes of a split."""
+def measure_all(model, split, task, passes, points) -> dict[Point, Result]:
+    """The result at every point, from the `full_passes` of a split."""
     results = {}
     for point in points:
         leaves = None
         if point.threshold is not None:
-            leaves = entropy(full[point.gated].history) < point.threshold   # (N, L)
-        results[point] = measure(model, split, task, apply_exits(full[point.gated], leaves))
+            leaves = entropy(passes[point.gated].history) < point.threshold     # (N, L)
+        results[point] = measure(model, split, task, apply_exits(passes[point.gated], leaves))
     return results
 
 
@@ -173,18 +173,18 @@ def quantiles(mode: str, full: Outcome) -> list[Point]:
     return [Point(mode, value) for value in sorted({float(f"{value:.4g}") for value in found})]
 
 
-def choose(tried, without, speedup) -> list[Point]:
-    """Of the points of a mode, by their held-out results (tried: Point -> Result), the cheapest
-    that loses at most half a point of score against the same mode without exits; if none does,
-    that of the best score; none where no score tells one from another. With a target speed-up in
-    FLOPs, whatever the score: the point with the most FLOPs that reaches it, else the cheapest."""
+def choose(tried, baseline, speedup) -> list[Point]:
+    """At most one point of a mode, by held-out results (tried: Point -> Result). With a target
+    speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest. Without:
+    the cheapest that loses at most .005 against the baseline, the mode without exits; else that of
+    the best score; none if all score alike, or if the baseline has learned nothing."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
         return fast[-1:] if fast else points[:1]
-    if len({result.score for result in tried.values()}) < 2 or without.score <= 0:
+    if len({result.score for result in tried.values()}) < 2 or baseline.score <= 0:
         return []
-    good = [point for point in points if tried[point].score >= without.score - 0.005]
+    good = [point for point in points if tried[point].score >= baseline.score - 0.005]
     best = max(points, key=lambda point: tried[point].score)
     return good[:1] if good else [best]
 
@@ -274,16 +274,16 @@ def evaluate(run, model, options):
     grid, stars, held_out = [], [], {}
     if len(held) > 0:
         held = encode(tokenizer, held, settings.max_length)
-        full = full_passes(run, model, held)
-        held_out = measure_all(model, held, task, full, points)
+        passes = full_passes(run, model, held)
+        held_out = measure_all(model, held, task, passes, points)
         for mode, point in without.items():
-            candidates = quantiles(mode, full[point.gated])
-            tried = measure_all(model, held, task, full, candidates)
+            candidates = quantiles(mode, passes[point.gated])
+            tried = measure_all(model, held, task, passes, candidates)
             stars += choose(tried, held_out[point], options.target_speedup)
             grid += candidates
             held_out |= tried
     if options.thresholds is not None or len(set(held.labels)) < len(task.labels):
-        stars = []
+        stars = []                                      # not asked for, or a class is missing
     points = [point for point in points if point not in stars] + stars
 
     # The dev sets: every point follows from two passes; only the seconds are of real inference.

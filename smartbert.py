@@ -186,7 +186,7 @@ class Gated:
     outputs: list[Tensor]       # d times (B, S, H): layer_i(h_{i-1}), what left it
     last: Tensor                # (B, S, H): h_d
     g_soft: Tensor              # (B, d): the gates before the hard weight
-    g_used: Tensor              # (B, d): the gates that mixed; hard once the soft epochs are over
+    g_used: Tensor              # (B, d): after it, if it was asked for; else the same
 
 
 def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
@@ -224,13 +224,13 @@ def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float,
         paper:   lam / sum_i mean_batch(g_i)
         budget:  budget_weight * max(0, mean(1 - g) - budget)^2         0 within the budget
 
-    The paper's penalty takes the soft gates (B, L), which change with every step; the budget takes
-    the gates as used, because it promises a share of layers that really run. A row that runs in
-    full (full_share) counts with the values of its gates. Returns a scalar."""
+    The paper's penalty takes the soft gates (B, L): the sum of hard ones can be 0. The budget
+    takes those after the hard weight: it promises the share of layers that inference runs. A row
+    that runs in full (full_share) counts with its gates' values all the same. Returns a scalar."""
     if lam > 0:
         return lam / g_soft.mean(0).sum()
-    run = (1 - g_used).mean()                                               # share of the layers
-    return budget_weight * F.relu(run - budget) ** 2
+    share = (1 - g_used).mean()                                             # of the layers
+    return budget_weight * F.relu(share - budget) ** 2
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
@@ -239,7 +239,7 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 full_share: float = 0.0) -> dict[str, Tensor]:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    i = 1 .. L-1 and u_i = project_i(h_{i-1}): the contrast compares the inputs of neighbouring
+    i = 1 .. L-1 and u_i = projections_i(h_{i-1}): the contrast compares the inputs of neighbouring
     layers. It is a sum over the pairs here and a mean in phase 2, as in the paper's code; the etas
     are chosen for that. lam 0 and budget 1: no penalty. hard, full_share: see `gated_forward`.
     ids, segment_ids, mask (B, S), labels (B,).
@@ -262,10 +262,10 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 full_share: float = 0.0) -> dict[str, Tensor]:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    CE: i = 1 .. L-1; contrast: i = 1 .. L-2. u_i = project_i(z_i), where z_i is tanh(W_in h) in
-    head i. Only these heads are trained; the encoder, the gates and the last head are frozen. The
-    hidden states follow the hard gates, but head i always reads layer_i(h_{i-1}), even where the
-    gate skips layer i. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels
+    CE: i = 1 .. L-1; contrast: i = 1 .. L-2. u_i = head_i.project(z_i), z_i = tanh(W_in x), where
+    head i reads x. Only these heads are trained; encoder, gates and last head are frozen. The
+    hidden states follow the hard gates, but head i always reads x = layer_i(h_{i-1}), even where
+    the gate skips layer i. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels
     (B,). Returns the loss and its parts, scalars."""
     last = len(model.heads) - 1
     with torch.no_grad():
@@ -302,13 +302,13 @@ def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int):
     counts), but at least one row each. chosen (N,) bool, mask (N, S). Yields the positions of a
     batch's rows in the pool (n,), the length s of its longest row, and its mask (n, s) or None."""
     rows = chosen.nonzero().squeeze(1)
-    lengths, end = mask[rows].sum(1).tolist(), 0
-    while end < len(rows):
-        start, longest, end = end, lengths[end], end + 1                    # at least one row
+    lengths, start = mask[rows].sum(1).tolist(), 0
+    while start < len(rows):
+        longest, end = lengths[start], start + 1                            # at least one row
         while end < len(rows) and max(longest, lengths[end]) * (end + 1 - start) <= batch_tokens:
             longest, end = max(longest, lengths[end]), end + 1
-        batch = rows[start:end]
-        yield batch, longest, mask_or_none(mask[batch, :longest])
+        yield rows[start:end], longest, mask_or_none(mask[rows[start:end], :longest])
+        start = end
 
 
 @torch.inference_mode()
@@ -326,12 +326,12 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         c     runs      runs, not sure     skips, the last head answers
 
     Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Three kinds of index: i is
-    a layer; alive and runs (N,) say of every row of the pool whether it is still inside, and
-    whether it runs layer i; rows (n,) are the positions in the pool of a batch's rows.
+    a layer, from 0; alive and runs (N,) say of every row of the pool whether it is still inside,
+    and whether it runs layer i; rows (n,) are the positions in the pool of a batch's rows.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
     row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask every head all the same. batch_tokens: default by device. Call model.eval() first."""
+    ask every head even so. batch_tokens: default by device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768
@@ -371,9 +371,9 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
 
 def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
-    """`infer` for a whole split: its examples in their order, on the CPU. pools: data.pools of it;
-    so memory stays bounded. how: skip, threshold, all_heads. Sets eval mode."""
+    """`infer` for a whole split; the outcome has its order and lies on the CPU. pools: data.pools
+    of the split, so that memory stays bounded. how: skip, threshold, all_heads. Sets eval mode."""
     model.eval()
     parts = [vars(infer(model, *pool.inputs, **how)).values() for pool in pools]
-    back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # to the split's order
-    return Outcome(*[torch.cat(columns).cpu()[back] for columns in zip(*parts)])
+    back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # undoes the sorting
+    return Outcome(*[torch.cat(fields).cpu()[back] for fields in zip(*parts)])

@@ -6,7 +6,7 @@
     python train.py --task cola --weights ~/e5-small --lr 1e-4 --method bert        # the baseline
 
 Phase 1 trains the encoder, the gates, the last head and the projections. Phase 2 freezes them and
-trains the other heads. Read `train_phase1`, `train_phase2` and `train_bert` first.
+trains the other heads.
 
 A run's folder holds model.pt (all that counts), run.json (its readable copy), tokenizer.json.
 """
@@ -68,6 +68,303 @@ RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 DEVICES = [name for name, gpu in (("cuda", torch.cuda), ("mps", torch.backends.mps))
            if gpu.is_available()] + ["cpu"]
 
+
+# --- A run --------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What model.pt holds besides the weights: what is trained, and how far training is."""
+    folder: Path
+    settings: argparse.Namespace
+    digest: str                         # of the training set
+    gates: bool                         # whether the run has gates ...
+    exits: bool                         # ... and exits
+    criterion: str = "entropy"          # by which examples exit
+    config: dict | None = None          # the encoder's shape: BertConfig's fields
+    phase: int = 1
+    epoch: int = 0                      # whole epochs of this phase
+    finished: bool = False
+    log: list[dict] = field(default_factory=list)
+    best: dict = field(default_factory=lambda: dict(rank=-1, score=0, layers=0, weights={}))
+    optimizer: dict | None = None       # its state, while a phase lasts
+
+
+# --- The baseline -------------------------------------------------------------------------------
+
+def train_bert(run, model, training, validation):
+    """Fine-tune plain BERT with the same small head; the validation split selects the epoch."""
+    settings = run.settings
+    rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new)}
+    optimizer = make_optimizer(model, rates, run.optimizer)
+    while run.epoch < settings.epochs1:
+        model.train()
+        log = []
+        for step, steps, batch in draw_batches(run, training, settings.epochs1):
+            set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
+            with autocast(settings):
+                loss = nn.functional.cross_entropy(model(*batch.inputs), batch.labels)
+            log.append(update(model, {"loss": loss}, optimizer))
+        end_epoch(run, model, optimizer, log, validation)
+
+
+# --- Phase 1: encoder, gates and last head ------------------------------------------------------
+
+def train_phase1(run, model, training, validation):
+    """Phase 1: all but the other heads learn together."""
+    settings = run.settings
+    rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
+             "projections": (model.projections, settings.lr_new)}
+    if run.gates:
+        rates["gates"] = (model.gates, settings.lr_gates)
+    optimizer = make_optimizer(model, rates, run.optimizer)
+    while run.epoch < settings.epochs1:
+        model.train()
+        log = []
+        for step, steps, batch in draw_batches(run, training, settings.epochs1):
+            # First the task alone, then with the gates: a warm-up and a decay for each.
+            start = math.ceil(settings.gates_from * steps) if run.gates else 0
+            if step < start:
+                set_rates(optimizer, warmup_decay(step, start, settings.warmup), gate_factor=0.0)
+            else:
+                factor = warmup_decay(step - start, steps - start, settings.warmup)
+                set_rates(optimizer, factor, gate_factor=factor)
+            lam, budget = penalty_at(run, step / steps)
+            with autocast(settings):
+                parts = phase1_loss(model, *batch.inputs, batch.labels, lam=lam, budget=budget,
+                                    hard=run.epoch >= settings.soft_epochs, eta1=settings.eta1,
+                                    full_share=settings.full_share)
+            log.append(update(model, parts, optimizer))
+        end_epoch(run, model, optimizer, log, validation)
+
+
+def penalty_at(run, progress):
+    """lambda and the budget at this point of phase 1 (progress 0..1). Before gates_from nothing is
+    penalised, because gates that skip before the task is learned ruin the encoder. Then lambda
+    holds at once, or the budget falls in a line from all layers, and holds from full_from on."""
+    settings = run.settings
+    if progress < settings.gates_from or not run.gates:
+        return 0.0, 1.0
+    if settings.lam > 0:
+        return settings.lam, 1.0
+    span = max(settings.full_from - settings.gates_from, 1e-9)
+    part = min((progress - settings.gates_from) / span, 1.0)
+    return 0.0, 1 - (1 - settings.budget) * part
+
+
+def keep_best(run, model, result):
+    """Keep this epoch's weights unless an earlier epoch was better: by its rank; of equal ranks by
+    its score; of equal scores by fewer layers; of equal ones the later is kept."""
+    best, layers = run.best, result["layers"]
+    score = next(iter(result.values()))                 # of the task's main metric
+    rank = gate_rank(run, layers / len(model.gates))
+    better = layers <= best["layers"]
+    if score != best["score"]:
+        better = score > best["score"]
+    if rank != best["rank"]:                            # has the last word
+        better = rank > best["rank"]
+    if better:
+        weights = copy.deepcopy(model.state_dict())
+        run.best = {"rank": rank, "score": score, "layers": layers, "weights": weights}
+
+
+def gate_rank(run, share):
+    """Rank of an epoch whose gates ran this share of the layers; needed because epochs that do not
+    skip yet score best. 2: at most 1.1 budgets, or no gates. 1: more, though the budget held in
+    full; with lambda, any epoch since it held. 0: earlier, or gates that were still soft."""
+    settings = run.settings
+    if not run.gates:
+        return 2
+    if run.epoch < settings.soft_epochs < settings.epochs1:     # hard gates are still to come
+        return 0
+    full_from = settings.gates_from                     # lambda is full at once
+    if settings.lam == 0:
+        full_from = max(settings.gates_from, settings.full_from)
+        if share <= 1.1 * settings.budget:
+            return 2
+    return int((run.epoch + 1) / settings.epochs1 > full_from)
+
+
+# --- Phase 2: the other exit heads --------------------------------------------------------------
+
+def train_phase2(run, model, training, validation):
+    """Phase 2: only the heads before the last learn; make_optimizer freezes everything else. The
+    last epoch is kept."""
+    settings, heads = run.settings, model.heads[:-1]
+    optimizer = make_optimizer(model, {"heads": (heads, settings.lr_new)}, run.optimizer)
+    while run.epoch < settings.epochs2:
+        model.eval()                                    # no dropout in what is frozen
+        heads.train()
+        log = []
+        for step, steps, batch in draw_batches(run, training, settings.epochs2):
+            set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
+            with autocast(settings):
+                parts = phase2_loss(model, *batch.inputs, batch.labels, eta2=settings.eta2,
+                                    full_share=settings.full_share)
+            log.append(update(model, parts, optimizer))
+        end_epoch(run, model, optimizer, log, validation)
+
+
+# --- The pieces of the three --------------------------------------------------------------------
+
+def autocast(settings):
+    """The context in which a model computes: bfloat16 with --bf16."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
+
+
+def make_optimizer(model, rates, state):
+    """AdamW over modules, each with its own learning rate; everything else is frozen. rates: name
+    -> (module, rate); state: that of a run to be continued."""
+    model.requires_grad_(False)
+    groups = []
+    for name, (module, lr) in rates.items():
+        module.requires_grad_(True)
+        matrices = [p for p in module.parameters() if p.dim() > 1]
+        vectors = [p for p in module.parameters() if p.dim() == 1]      # biases and LayerNorm
+        groups.append({"params": matrices, "name": name, "peak": lr, "weight_decay": 0.01})
+        groups.append({"params": vectors, "name": name, "peak": lr, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    return optimizer
+
+
+def warmup_decay(step, steps, warmup):
+    """The factor of a learning rate: up in a line in the first part of the steps, then down to 0.
+    Step 0 takes the factor of step 1, because its own would be 0."""
+    rising = max(step, 1) / max(warmup * steps, 1e-9)
+    falling = (steps - step) / ((1 - warmup) * steps)
+    return min(rising, falling, 1.0)
+
+
+def set_rates(optimizer, factor, gate_factor=0.0):
+    """Set every learning rate to this factor of its peak; those of the gates to another."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * (gate_factor if group["name"] == "gates" else factor)
+
+
+def draw_batches(run, training, epochs):
+    """Yield for the run's next epoch: the step, counted from the phase's start; the phase's steps;
+    the batch (under torchrun this process's rows). All that is random in an epoch (order, dropout,
+    full_share) follows from the seeds set here, so that a resumed run goes the same way."""
+    settings = run.settings
+    seed = settings.seed + run.epoch + settings.epochs1 * (run.phase - 1)
+    torch.manual_seed(1000 * seed + RANK)
+    order = training_batches(training, settings.batch_size, seed)
+    order = [rows[RANK::WORLD] for rows in order if len(rows) >= WORLD]
+    bar = tqdm(order, desc=f"phase {run.phase} epoch {run.epoch + 1}", leave=False, disable=None)
+    for step, rows in enumerate(bar, start=run.epoch * len(order)):
+        yield step, epochs * len(order), collate(training, rows, settings.device)
+
+
+def update(model, parts, optimizer):
+    """One step down parts["loss"], under torchrun by the mean of the processes' gradients. Returns
+    the parts for the log. Raises UserError where the gradient is not finite."""
+    parts["loss"].backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if WORLD > 1:
+        for p in trained:
+            distributed.all_reduce(p.grad)
+            p.grad /= WORLD
+    norm = nn.utils.clip_grad_norm_(trained, 1.0)
+    if not norm.isfinite():
+        raise UserError(f"training diverged, the gradient is {norm.item()}: start over with "
+                        f"--overwrite and a lower --lr or --lr-new")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: part.detach() for name, part in parts.items()}
+
+
+def end_epoch(run, model, optimizer, log, validation):
+    """Judge an epoch on this split, add it to the run's log (with the means over its steps), store
+    the run, say so. Under torchrun every process judges, so that all choose the same epoch."""
+    settings, task = run.settings, TASKS[run.settings.task]
+    threshold = None
+    if run.phase == 2:                                  # for the log only: eval.py chooses one
+        threshold = 0.5 * math.log(len(task.labels))
+    with autocast(settings):
+        outcome = infer_pools(model, pools(validation, settings.device), skip=run.gates,
+                              threshold=threshold)
+    result = scores(task, outcome.logits.argmax(1).tolist(), validation.labels)
+    result["layers"] = outcome.ran.sum(1).float().mean().item()
+    if run.phase == 1:
+        keep_best(run, model, result)
+    run.epoch += 1
+    entry = {"phase": run.phase, "epoch": run.epoch, validation.name: result}
+    for part in log[0]:
+        entry[part] = torch.stack([parts[part] for parts in log]).mean(0).tolist()
+    run.log.append(entry)
+    run.optimizer = optimizer.state_dict()
+    save_run(run, model)
+
+    metric, score = next(iter(result.items()))
+    print(f"phase {run.phase} epoch {run.epoch}  loss {entry['loss']:.3f}  {validation.name} "
+          f"{metric} {score:.3f} with {result['layers']:.1f} of {len(model.gates)} layers",
+          flush=True)
+
+
+# --- A run's folder -----------------------------------------------------------------------------
+
+def start_run(run):
+    """Write a run of 0 epochs into its folder, which is claimed for this run alone."""
+    settings, task = run.settings, TASKS[run.settings.task]
+    torch.manual_seed(settings.seed)
+    if task.name == "toy":
+        tokenizer = toy_tokenizer()
+        bert = Bert(BertConfig(vocab_size=tokenizer.get_vocab_size(), **TOY_BERT))
+    else:
+        folder = fetch_weights(settings.weights)
+        try:
+            tokenizer, bert = load_tokenizer(folder), load_bert(folder)
+        except Exception as error:                      # ours, and what the libraries raise
+            raise UserError(f"{folder}: {in_words(error)}") from error
+    words, config = tokenizer.get_vocab_size(), bert.config
+    if words > config.vocab_size or settings.max_length > config.max_position_embeddings:
+        raise UserError(f"these weights have {config.vocab_size} words, the tokenizer {words}; "
+                        f"--max-length can be {config.max_position_embeddings} at most")
+    # Without gates they start at g = sigmoid(-30), about 0, and are not trained.
+    bias = settings.gate_bias if run.gates else -30.0
+    model = SmartBert(bert, len(task.labels), bias)
+    run.config = asdict(config)
+    claim_folder(run.folder, settings.overwrite)
+    write_text(run.folder / "tokenizer.json", tokenizer.to_str())
+    save_run(run, model)
+
+
+def save_run(run, model):
+    """Write model.pt, then run.json, each whole or not at all. The first process does it."""
+    if RANK > 0:
+        return
+    stored = vars(run) | {"settings": vars(run.settings), "folder": str(run.folder)}
+    content = {"run": stored, "weights": model.state_dict()}
+    atomic_write(run.folder / "model.pt", lambda file: torch.save(content, file))
+    shown = stored | {"best": None, "optimizer": None}
+    write_text(run.folder / "run.json", f"{MADE_BY}, {json.dumps(shown, indent=1)[1:]}\n")
+
+
+def load_run(folder, device):
+    """A run and its model, in eval mode. Raises UserError."""
+    path = Path(folder) / "model.pt"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        run = Run(**content["run"])
+        run.folder, run.settings = Path(folder), argparse.Namespace(**run.settings)
+        run.settings.device = device
+        classes = len(TASKS[run.settings.task].labels)
+        model = SmartBert(Bert(BertConfig(**run.config)), classes)
+        model.load_state_dict(content["weights"])
+    except Exception as error:              # of the system, or of what reads a damaged file
+        raise UserError(f"no run of this version in {path}: {in_words(error)}") from error
+    return run, model.to(device).eval()
+
+
+def check_data(run, whole):
+    """Raise UserError where a run was made from another training set than this."""
+    if run.digest != digest(whole):
+        raise UserError(f"{run.folder} was trained on another train.tsv than this one: put back "
+                        f"the file of that time, or train again")
+
+
+# --- From the command line ----------------------------------------------------------------------
 
 def within(kind, low, high):
     """An argparse type: a number from low to high."""
@@ -135,310 +432,13 @@ def parse(arguments, methods=METHODS):
     parser.set_defaults(out=out, **changes)
     settings = parser.parse_args(arguments)             # again, over the task's defaults
     if settings.budget != parser.get_default("budget"):
-        settings.lam = 0.0                              # the authors' recipe has one
+        settings.lam = 0.0                              # the authors' lambda
     if "" in vars(settings).values():
         parser.error("a flag has an empty value: leave it out, or set the variable it takes")
     if settings.task == "toy" and (settings.data_dir, settings.weights) != (None, WEIGHTS):
         parser.error("--data-dir and --weights mean nothing to the toy: name a task with --task")
     return settings
 
-
-# --- A run --------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    """What model.pt holds besides the weights: what is trained, and how far training is."""
-    folder: Path
-    settings: argparse.Namespace
-    digest: str                         # of the training set
-    gates: bool                         # whether the run has gates ...
-    exits: bool                         # ... and exits
-    criterion: str = "entropy"          # by which examples exit
-    config: dict | None = None          # the encoder's shape: BertConfig's fields
-    phase: int = 1
-    epoch: int = 0                      # whole epochs of this phase
-    finished: bool = False
-    log: list[dict] = field(default_factory=list)
-    best: dict = field(default_factory=lambda: dict(gates=-1, score=0, layers=0, weights={}))
-    optimizer: dict | None = None       # its state, while a phase lasts
-
-
-# --- Phase 1: encoder, gates and last head ------------------------------------------------------
-
-def train_phase1(run, model, training, judged):
-    """Phase 1; a resumed run continues after its last finished epoch."""
-    settings = run.settings
-    rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
-             "projections": (model.projections, settings.lr_new)}
-    if run.gates:
-        rates["gates"] = (model.gates, settings.lr_gates)
-    optimizer = make_optimizer(model, rates, run.optimizer)
-    while run.epoch < settings.epochs1:
-        model.train()
-        log = []
-        for step, steps, batch in draw_batches(run, training, settings.epochs1):
-            # Two rounds of warm-up and decay: before the gates learn, and from there on.
-            start = math.ceil(settings.gates_from * steps) if run.gates else 0
-            if step < start:
-                set_rates(optimizer, warmup_decay(step, start, settings.warmup), gates=0.0)
-            else:
-                factor = warmup_decay(step - start, steps - start, settings.warmup)
-                set_rates(optimizer, factor, gates=factor)
-            lam, budget = penalty_at(run, step / steps)
-            with autocast(settings):
-                parts = phase1_loss(model, *batch.inputs, batch.labels, lam=lam, budget=budget,
-                                    hard=run.epoch >= settings.soft_epochs, eta1=settings.eta1,
-                                    full_share=settings.full_share)
-            log.append(update(model, parts, optimizer))
-        end_epoch(run, model, optimizer, log, judged)
-
-
-def penalty_at(run, progress):
-    """lambda and the budget at this point of phase 1 (progress 0..1). Before gates_from nothing is
-    penalised, because gates that skip before the task is learned ruin the encoder. Then lambda
-    holds at once, or the budget falls in a line from all layers, and holds from full_from on."""
-    settings = run.settings
-    if progress < settings.gates_from or not run.gates:
-        return 0.0, 1.0
-    if settings.lam > 0:
-        return settings.lam, 1.0
-    span = max(settings.full_from - settings.gates_from, 1e-9)
-    part = min((progress - settings.gates_from) / span, 1.0)
-    return 0.0, 1 - (1 - settings.budget) * part
-
-
-def keep_best(run, model, seen):
-    """Keep this epoch's weights unless an earlier epoch was better: by the rank of its gates, of
-    equal ranks by its score, of equal scores by fewer layers; of equal ones the later is kept."""
-    best, layers = run.best, seen["layers"]
-    score = next(iter(seen.values()))                   # of the task's main metric
-    gates = gates_so_far(run, layers / len(model.gates))
-
-    better = layers <= best["layers"]
-    if score != best["score"]:
-        better = score > best["score"]
-    if gates != best["gates"]:                          # has the last word
-        better = gates > best["gates"]
-    if better:
-        weights = copy.deepcopy(model.state_dict())
-        run.best = {"gates": gates, "score": score, "layers": layers, "weights": weights}
-
-
-def gates_so_far(run, share):
-    """Rank of an epoch by its gates; share: of the layers that ran. Needed because an epoch whose
-    gates do not skip yet scores best. 2: at most 10 % above the budget, or no gates; 1: above it
-    though the penalty was full; 0: the penalty still grew, or the gates were still soft."""
-    settings = run.settings
-    if not run.gates:
-        return 2
-    if run.epoch < settings.soft_epochs < settings.epochs1:     # hard gates are still to come
-        return 0
-    full_from = settings.gates_from                     # lambda is full at once
-    if settings.lam == 0:
-        full_from = max(settings.gates_from, settings.full_from)
-        if share <= 1.1 * settings.budget:
-            return 2
-    return int((run.epoch + 1) / settings.epochs1 > full_from)
-
-
-# --- Phase 2: the other exit heads --------------------------------------------------------------
-
-def train_phase2(run, model, training, judged):
-    """Phase 2: only the heads before the last learn."""
-    settings, heads = run.settings, model.heads[:-1]
-    optimizer = make_optimizer(model, {"heads": (heads, settings.lr_new)}, run.optimizer)
-    while run.epoch < settings.epochs2:
-        model.eval()                                    # no dropout in what is frozen
-        heads.train()
-        log = []
-        for step, steps, batch in draw_batches(run, training, settings.epochs2):
-            set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
-            with autocast(settings):
-                parts = phase2_loss(model, *batch.inputs, batch.labels, eta2=settings.eta2,
-                                    full_share=settings.full_share)
-            log.append(update(model, parts, optimizer))
-        end_epoch(run, model, optimizer, log, judged)
-
-
-# --- The baseline -------------------------------------------------------------------------------
-
-def train_bert(run, model, training, judged):
-    """Fine-tune plain BERT with the same small head."""
-    settings = run.settings
-    rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new)}
-    optimizer = make_optimizer(model, rates, run.optimizer)
-    while run.epoch < settings.epochs1:
-        model.train()
-        log = []
-        for step, steps, batch in draw_batches(run, training, settings.epochs1):
-            set_rates(optimizer, warmup_decay(step, steps, settings.warmup))
-            with autocast(settings):
-                loss = nn.functional.cross_entropy(model(*batch.inputs), batch.labels)
-            log.append(update(model, {"loss": loss}, optimizer))
-        end_epoch(run, model, optimizer, log, judged)
-
-
-# --- The pieces of the three --------------------------------------------------------------------
-
-def autocast(settings):
-    """The context in which a model computes: bfloat16 with --bf16."""
-    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
-
-
-def make_optimizer(model, rates, state):
-    """AdamW over modules, each with its own learning rate; everything else is frozen. rates: name
-    -> (module, rate); state: that of a run to be continued."""
-    model.requires_grad_(False)
-    groups = []
-    for name, (module, lr) in rates.items():
-        module.requires_grad_(True)
-        matrices = [p for p in module.parameters() if p.dim() > 1]
-        vectors = [p for p in module.parameters() if p.dim() == 1]      # biases and LayerNorm
-        groups.append({"params": matrices, "name": name, "peak": lr, "weight_decay": 0.01})
-        groups.append({"params": vectors, "name": name, "peak": lr, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    if state is not None:
-        optimizer.load_state_dict(state)
-    return optimizer
-
-
-def warmup_decay(step, steps, warmup):
-    """The factor of a learning rate: up in a line in the first part of the steps, then down to 0.
-    Step 0 takes the factor of step 1, because its own would be 0."""
-    rising = max(step, 1) / max(warmup * steps, 1e-9)
-    falling = (steps - step) / ((1 - warmup) * steps)
-    return min(rising, falling, 1.0)
-
-
-def set_rates(optimizer, factor, gates=0.0):
-    """Set every learning rate to this factor of its peak; those of the gates to another."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * (gates if group["name"] == "gates" else factor)
-
-
-def draw_batches(run, training, epochs):
-    """Yield the run's next epoch: the step, the steps of the phase, the batch (under torchrun this
-    process's rows of it). All that is random in an epoch (order, dropout, full_share) follows from
-    the seeds set here, so that a resumed run goes the same way."""
-    settings = run.settings
-    seed = settings.seed + run.epoch + settings.epochs1 * (run.phase - 1)
-    torch.manual_seed(1000 * seed + RANK)
-    order = training_batches(training, settings.batch_size, seed)
-    order = [rows[RANK::WORLD] for rows in order if len(rows) >= WORLD]
-    bar = tqdm(order, desc=f"phase {run.phase} epoch {run.epoch + 1}", leave=False, disable=None)
-    for step, rows in enumerate(bar, start=run.epoch * len(order)):
-        yield step, epochs * len(order), collate(training, rows, settings.device)
-
-
-def update(model, parts, optimizer):
-    """One step down parts["loss"], under torchrun by the mean of the processes' gradients. Returns
-    the parts for the log. Raises UserError where the gradient is not finite."""
-    parts["loss"].backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    if WORLD > 1:
-        for p in trained:
-            distributed.all_reduce(p.grad)
-            p.grad /= WORLD
-    norm = nn.utils.clip_grad_norm_(trained, 1.0)
-    if not norm.isfinite():
-        raise UserError(f"training diverged, the gradient is {norm.item()}: start over with "
-                        f"--overwrite and a lower --lr or --lr-new")
-    optimizer.step()
-    optimizer.zero_grad()
-    return {name: part.detach() for name, part in parts.items()}
-
-
-def end_epoch(run, model, optimizer, log, judged):
-    """Judge an epoch on this split, add it to the run's log (with the means over its steps), store
-    the run, say so. Under torchrun every process judges, so that all choose the same epoch."""
-    settings, task = run.settings, TASKS[run.settings.task]
-    threshold = None
-    if run.phase == 2:                                  # for the log only: eval.py chooses one
-        threshold = 0.5 * math.log(len(task.labels))
-
-    with autocast(settings):
-        outcome = infer_pools(model, pools(judged, settings.device), skip=run.gates,
-                              threshold=threshold)
-    seen = scores(task, outcome.logits.argmax(1).tolist(), judged.labels)
-    seen["layers"] = outcome.ran.sum(1).float().mean().item()
-    if run.phase == 1:
-        keep_best(run, model, seen)
-    run.epoch += 1
-    entry = {"phase": run.phase, "epoch": run.epoch, judged.name: seen}
-    for part in log[0]:
-        entry[part] = torch.stack([parts[part] for parts in log]).mean(0).tolist()
-    run.log.append(entry)
-    run.optimizer = optimizer.state_dict()
-    save_run(run, model)
-
-    metric, score = next(iter(seen.items()))
-    print(f"phase {run.phase} epoch {run.epoch}  loss {entry['loss']:.3f}  {judged.name} {metric} "
-          f"{score:.3f} with {seen['layers']:.1f} of {len(model.gates)} layers", flush=True)
-
-
-# --- A run's folder -----------------------------------------------------------------------------
-
-def start_run(run):
-    """Write a run of 0 epochs into its folder, which is claimed for this run alone."""
-    settings, task = run.settings, TASKS[run.settings.task]
-    torch.manual_seed(settings.seed)
-    if task.name == "toy":
-        tokenizer = toy_tokenizer()
-        bert = Bert(BertConfig(vocab_size=tokenizer.get_vocab_size(), **TOY_BERT))
-    else:
-        folder = fetch_weights(settings.weights)
-        try:
-            tokenizer, bert = load_tokenizer(folder), load_bert(folder)
-        except Exception as error:                      # ours, and what the libraries raise
-            raise UserError(f"{folder}: {in_words(error)}") from error
-    words, config = tokenizer.get_vocab_size(), bert.config
-    if words > config.vocab_size or settings.max_length > config.max_position_embeddings:
-        raise UserError(f"these weights have {config.vocab_size} words, the tokenizer {words}; "
-                        f"--max-length can be {config.max_position_embeddings} at most")
-    # Without gates they start at g = sigmoid(-30), about 0, and are not trained.
-    bias = settings.gate_bias if run.gates else -30.0
-    model = SmartBert(bert, len(task.labels), bias)
-    run.config = asdict(config)
-    claim_folder(run.folder, settings.overwrite)
-    write_text(run.folder / "tokenizer.json", tokenizer.to_str())
-    save_run(run, model)
-
-
-def save_run(run, model):
-    """Write model.pt, then run.json, each whole or not at all. The first process does it."""
-    if RANK > 0:
-        return
-    stored = vars(run) | {"settings": vars(run.settings), "folder": str(run.folder)}
-    content = {"run": stored, "weights": model.state_dict()}
-    atomic_write(run.folder / "model.pt", lambda file: torch.save(content, file))
-    shown = stored | {"best": None, "optimizer": None}
-    write_text(run.folder / "run.json", f"{MADE_BY}, {json.dumps(shown, indent=1)[1:]}\n")
-
-
-def load_run(folder, device):
-    """A run and its model, in eval mode. Raises UserError."""
-    path = Path(folder) / "model.pt"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        run = Run(**content["run"])
-        run.folder, run.settings = Path(folder), argparse.Namespace(**run.settings)
-        run.settings.device = device
-        classes = len(TASKS[run.settings.task].labels)
-        model = SmartBert(Bert(BertConfig(**run.config)), classes)
-        model.load_state_dict(content["weights"])
-    except Exception as error:              # of the system, or of what reads a damaged file
-        raise UserError(f"no run of this version in {path}: {in_words(error)}") from error
-    return run, model.to(device).eval()
-
-
-def check_data(run, whole):
-    """Raise UserError where a run was made from another training set than this."""
-    if run.digest != digest(whole):
-        raise UserError(f"{run.folder} was trained on another train.tsv than this one: put back "
-                        f"the file of that time, or train again")
-
-
-# --- From the command line ----------------------------------------------------------------------
 
 def join_processes():
     """Join the process group if torchrun started several processes; only the first one prints."""
@@ -457,10 +457,11 @@ def prepare(settings, **kind):
     folder = Path(settings.out).expanduser()
     resumes = check_folder(folder, settings.resume, settings.overwrite)
     splits = load_task(settings.task, settings.data_dir)
-    training, judged = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
-    if len(judged) == 0:
-        judged = splits[TASKS[settings.task].devs[0]]
-        print(f"warning: nothing is held out: {judged.name} selects the epoch and is reported")
+    training, validation = hold_out(splits["train"], settings.held_out, settings.seed,
+                                    settings.limit)
+    if len(validation) == 0:
+        validation = splits[TASKS[settings.task].devs[0]]
+        print(f"warning: nothing is held out: {validation.name} selects the epoch and is reported")
     if RANK == 0 and not resumes:
         start_run(Run(folder, settings, digest(splits["train"]), **kind))
     if WORLD > 1:
@@ -476,23 +477,23 @@ def prepare(settings, **kind):
         torch.set_num_threads(1)                # (one gives the same sums on every machine)
     tokenizer = load_tokenizer(folder)
     training = encode(tokenizer, training, settings.max_length)
-    return run, model, training, encode(tokenizer, judged, settings.max_length)
+    return run, model, training, encode(tokenizer, validation, settings.max_length)
 
 
 def train(settings):
     """Both phases, or the baseline; returns the run's folder."""
     exits = settings.method != "bert" and settings.epochs2 > 0
-    run, model, training, judged = prepare(settings, gates=settings.method == "smartbert",
+    run, model, training, validation = prepare(settings, gates=settings.method == "smartbert",
                                            exits=exits)
     if run.phase == 1:
         if settings.method == "bert":
-            train_bert(run, model, training, judged)
+            train_bert(run, model, training, validation)
         else:
-            train_phase1(run, model, training, judged)
+            train_phase1(run, model, training, validation)
         model.load_state_dict(run.best["weights"])
         run.phase, run.epoch, run.optimizer, run.best = 2, 0, None, {}
     if run.exits:
-        train_phase2(run, model, training, judged)
+        train_phase2(run, model, training, validation)
     run.finished, run.optimizer = True, None
     save_run(run, model)
     return run.folder

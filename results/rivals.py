@@ -80,7 +80,7 @@ TWO_STAGES, ONE_STAGE = ("deebert", "fastbert"), ("pabee", "berxit")
 
 # --- Training -----------------------------------------------------------------------------------
 
-def train_heads(run, model, training, judged):
+def train_heads(run, model, training, validation):
     """The stage in which heads learn, from the run's last whole epoch on: together with the
     encoder in phase 1, or in phase 2 alone, those before the last."""
     settings, loss_of = run.settings, LOSSES[run.settings.method]
@@ -99,7 +99,7 @@ def train_heads(run, model, training, judged):
             with autocast(settings):
                 loss = loss_of(model, batch.inputs, batch.labels, step)
             log.append(update(model, {"loss": loss}, optimizer))
-        end_epoch(run, model, optimizer, log, judged)
+        end_epoch(run, model, optimizer, log, validation)
 
 
 def finished_bert(settings):
@@ -127,7 +127,8 @@ def train(settings):
     if method == "pabee":
         criterion = "patience"
     exits = method in ONE_STAGE or settings.epochs2 > 0
-    run, model, training, judged = prepare(settings, gates=False, exits=exits, criterion=criterion)
+    run, model, training, validation = prepare(settings, gates=False, exits=exits,
+                                               criterion=criterion)
     if former is not None and (run.phase, run.epoch) == (1, 0):
         model.bert.load_state_dict(bert.bert.state_dict())
         model.heads[-1].load_state_dict(bert.heads[-1].state_dict())
@@ -135,13 +136,13 @@ def train(settings):
             run.phase = 2                               # the BERT's training is their phase 1
     if run.phase == 1:
         if method in TWO_STAGES:
-            train_bert(run, model, training, judged)
+            train_bert(run, model, training, validation)
         else:
-            train_heads(run, model, training, judged)
+            train_heads(run, model, training, validation)
         model.load_state_dict(run.best["weights"])
         run.phase, run.epoch, run.optimizer, run.best = 2, 0, None, {}
     if method in TWO_STAGES:
-        train_heads(run, model, training, judged)
+        train_heads(run, model, training, validation)
     run.finished, run.optimizer = True, None
     save_run(run, model)
     return run.folder

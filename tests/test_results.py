@@ -63,7 +63,7 @@ def test_what_each_stage_trains(tmp_path, monkeypatch, flags, phase, moves):
     """Trained parts move by their own rates, which rise and fall; only they have dropout."""
     flags = f"--out {tmp_path}/run --batch-size 27 --warmup 0.5 --method {flags}".split()
     settings = rivals.parse_all([*TOY, *flags])
-    run, model, training, judged = train.prepare(settings, gates=False, exits=True)
+    run, model, training, held = train.prepare(settings, gates=False, exits=True)
     run.phase, loss, seen, factors = phase, rivals.LOSSES[settings.method], [], []
 
     def spy(model, inputs, labels, step):
@@ -74,7 +74,7 @@ def test_what_each_stage_trains(tmp_path, monkeypatch, flags, phase, moves):
     monkeypatch.setattr(rivals, "set_rates", lambda optimizer, factor: (
         factors.append(factor), train.set_rates(optimizer, factor)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rivals.train_heads(run, model, training, judged)
+    rivals.train_heads(run, model, training, held)
     assert seen == [[step, phase == 1, True, phase == 1] for step in range(4)]  # 108 examples
     assert factors == [.5, .5, 1, .5]
     for name, value in model.state_dict().items():
