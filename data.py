@@ -367,7 +367,7 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-MADE_BY = '{"made_by": "SmartBERT, version 6"'      # run.json's beginning marks a folder as ours
+MADE_BY = '{"made_by": "SmartBERT, version 7"'      # run.json's beginning marks a folder as ours
 # What is written into a run's folder; run.json last, so that it marks all the others.
 OURS = ("model.pt", "model.pt.*.tmp", "tokenizer.json", "eval*.json", "page.html", "score.png",
         "criteria.png", "layers.png", "examples.png", "training.png", "run.json")
