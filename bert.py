@@ -135,7 +135,7 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 
 def load_bert(folder: str | Path) -> Bert:
     """The pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError where
-    weights and config.json do not fit; of a damaged file, whatever its library raises."""
+    tensors are missing or unknown; else what the libraries raise."""
     bert = Bert(read_config(Path(folder) / "config.json"))
     bert.load_state_dict(to_our_names(read_tensors(Path(folder)), bert.config))
     return bert
@@ -213,7 +213,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "model.safetensors"
     if not path.is_file():
         path = folder / "pytorch_model.bin"
-    path.open("rb").close()             # raises OSError with the file's name
+    path.open("rb").close()     # raises OSError; safetensors calls an unreadable file missing
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)

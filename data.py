@@ -231,12 +231,12 @@ def collate(split: Split, rows: list[int], device: str = "cpu") -> Batch:
 
 def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
     """The positions of the examples of each batch, for one epoch: shuffled; sorted by length
-    within pools of 50 batches, so that there is little padding; the batches shuffled again."""
+    within chunks of 50 batches, so that there is little padding; the batches shuffled again."""
     lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
-    rng, pool, made = np.random.default_rng(seed), 50 * size, []
+    rng, chunk, made = np.random.default_rng(seed), 50 * size, []
     order = rng.permutation(len(split))
-    for start in range(0, len(order), pool):
-        rows = order[start:start + pool]
+    for start in range(0, len(order), chunk):
+        rows = order[start:start + chunk]
         rows = rows[lengths[rows].argsort(kind="stable")].tolist()
         made += [rows[i:i + size] for i in range(0, len(rows), size)]
     return [made[i] for i in rng.permutation(len(made))]
@@ -258,8 +258,8 @@ OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurs
 THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
           "thimble ruby candle feather bell crown spoon glove ticket").split()
 CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-# The toy's encoder. So narrow, it trains with an initial deviation of 1 / sqrt(H), but not with
-# BERT's 0.02. A wide inner layer would learn two swaps by heart, without depth.
+# The toy's encoder. It is so narrow that it does not learn with BERT's initial deviation, 0.02,
+# but with 1 / sqrt(H). A wide inner layer would learn two swaps by heart, without depth.
 TOY_BERT = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128,
                 max_position_embeddings=128, initializer_range=64**-0.5,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -269,9 +269,9 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
     """A thing is hidden under one of three cups, and pairs of cups change places. Where is it?
     Level k has k swaps: "king coin b" -> b, "king coin b ab" -> a, "king coin b ab ac" -> c.
 
-    What a swap does depends on the swap before, so more swaps are harder, and no sum of word
-    scores tells the answer. Labels are equally frequent, and so are the dev set's levels; half of
-    the training sentences have level 2, which is learned last."""
+    What a swap does depends on where the thing is by then. So more swaps are harder, and no sum of
+    word scores tells the answer. Labels are equally frequent, and so are the dev set's levels;
+    half of the training sentences have level 2, which is learned last."""
     rng, splits, seen = random.Random(seed), {}, set()
     for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
         split = splits[name] = Split(name, [], [])
@@ -384,7 +384,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
         raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
     if resume and (folder / "model.pt").is_file():
         for path in folder.glob("model.pt.*.tmp"):      # left by a kill
-            path.unlink(missing_ok=True)                # under torchrun several processes try
+            path.unlink()
         return True
     if not overwrite:
         raise UserError(f"{folder} already holds a run: continue it with --resume (if it has a "
@@ -484,6 +484,6 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if "memory" not in in_words(error).lower():
             raise
-        reason = f"lower --batch-size or --max-length: {in_words(error)}"
+        reason = f"to train, lower --batch-size or --max-length: {in_words(error)}"
     print(f"{program}: {reason}", file=sys.stderr)
     sys.exit(2)

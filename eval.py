@@ -7,10 +7,11 @@ The inference modes: *plain* (every layer and the last head), *skip* (gates only
 only), *both*. FLOPs are counted on real tokens, with gates and heads.
 
 Gates do not depend on the threshold, and an exit only ends a row's computation early. So two full
-passes over a split, with and without gates, ask all heads and never exit. `apply_exits` ends each
-row at its exit, and so every threshold follows from two passes; only the seconds are those of real
-dynamic inference. Read `evaluate` first. N examples, L layers, C classes. Where not said, run is a
-train.Run, model a SmartBert, split a Split, and points is a list of Point.
+passes over a split, with and without gates, ask the head of every layer that runs and never exit.
+`apply_exits` ends each row at its exit, and so every threshold follows from two passes; only the
+seconds are those of real dynamic inference. Read `evaluate` first. N examples, L layers, C
+classes. Where not said, run is a train.Run, model a SmartBert, split a Split, points a list of
+Point.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
 from train import DEVICES, FREE, autocast, check_data, load_run, within
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, in ln C
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds over ln C
 
 
 # --- The cost -----------------------------------------------------------------------------------
@@ -104,32 +105,32 @@ NOTHING = Result(*[None] * 7)       # where there are no held-out data
 
 
 def full_passes(run, model, split):
-    """{False: the outcome with every layer, True: with gates, if the run has them}. All heads are
-    asked, if the run has trained them, and nobody exits."""
+    """{False: the outcome with every layer, True: with gates, if the run has them}. No row exits;
+    the heads of all layers that ran are asked, if the run has exits."""
     batches = pools(split, run.settings.device)
     return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
             for gated in {False, run.gates}}
 
 
 def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
-    """The outcome that `infer` gives, from a full pass. leaves (N, L) bool: at which heads a row
-    would exit; it counts only where a head was asked. None: no exits, and only the last head is
-    asked, which costs less than exits that never fire."""
+    """`infer`'s outcome, from a full pass, whose gates and history it keeps. leaves (N, L) bool:
+    at which heads a row would exit; it counts only where a head was asked. None: no exits, and
+    only the last head is asked, which costs less than exits that never fire."""
     N, L = full.ran.shape
     layer = torch.arange(1, L + 1)                                          # (L,)
-    exits = torch.full((N,), L)
-    asked = (layer == L).expand(N, L)
-    if leaves is not None:
-        asked = full.head_asked
-        stops = (leaves & asked) | (layer == L)                             # (N, L)
-        exits = stops.int().argmax(1) + 1       # argmax gives the first of equals
+    last = (layer == L).expand(N, L)                                        # (N, L)
+    asked = full.head_asked
+    if leaves is None:
+        leaves, asked = last, last
+    stops = (leaves & asked) | last                                         # (N, L)
+    exits = stops.int().argmax(1) + 1           # argmax gives the first of equals
     inside = layer <= exits[:, None]                                        # (N, L)
     return Outcome(full.history[torch.arange(N), exits - 1], exits, full.ran & inside,
                    full.gate_asked & inside, full.gates, asked & inside, full.history)
 
 
 def measure(model, split, task, outcome) -> Result:
-    """The figures of an outcome."""
+    """Score, layers, FLOPs and more of an outcome on a split."""
     L = outcome.ran.shape[1]
     answers = outcome.logits.argmax(1)                                      # (N,)
     values = scores(task, answers.tolist(), split.labels)
@@ -176,8 +177,8 @@ def quantiles(mode: str, full: Outcome) -> list[Point]:
 def choose(tried, baseline, speedup) -> list[Point]:
     """At most one point of a mode, by held-out results (tried: Point -> Result). With a target
     speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest. Without:
-    the cheapest that loses at most .005 against the baseline, the mode without exits; else that of
-    the best score; none if all score alike, or if the baseline has learned nothing."""
+    the cheapest that loses at most .005 against the baseline, the mode without exits; none if it
+    saves nothing, if all score alike, or if the baseline has learned nothing."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
@@ -185,22 +186,21 @@ def choose(tried, baseline, speedup) -> list[Point]:
     if len({result.score for result in tried.values()}) < 2 or baseline.score <= 0:
         return []
     good = [point for point in points if tried[point].score >= baseline.score - 0.005]
-    best = max(points, key=lambda point: tried[point].score)
-    return good[:1] if good else [best]
+    return [point for point in good[:1] if tried[point].flops < baseline.flops]
 
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
     """Seconds of dynamic inference at each point: the median of `repeats` passes over at most
-    1,000 examples, after one to warm up (0: that one). The points take turns; the batches are made
+    1,000 examples, after one to warm up (0: that one). The points take turns; the batch is made
     before."""
     rows = np.random.default_rng(0).permutation(len(split))[:1000].tolist()
-    batches, passes = pools(split.select(rows), run.settings.device), []
+    [batch] = pools(split.select(rows), run.settings.device)    # one pool is enough for them
+    passes = []
     for _ in range(1 + repeats):
         passes.append([])
         for point in points:
             start = time.perf_counter()
-            for batch in batches:
-                outcome = infer(model, *batch.inputs, skip=point.gated, threshold=point.threshold)
+            outcome = infer(model, *batch.inputs, skip=point.gated, threshold=point.threshold)
             outcome.exit.cpu()                          # waits for a GPU
             passes[-1].append(time.perf_counter() - start)
     return dict(zip(points, np.median(passes[-repeats:], axis=0).tolist()))
@@ -211,7 +211,7 @@ def seconds(run, model, split, points, repeats) -> dict[Point, float]:
 def table(rows, metric, layers):
     """The rows of eval.json as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
-             f"  in seconds"]
+             "  in seconds"]
     notes = [f"({layers} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data, "
              f"if they can tell)"]
     for row in rows:

@@ -7,11 +7,11 @@ decides whether the answer is already certain.
 
     logits, ran, exit = infer_one(model, ids, segment_ids, threshold=0.3)
 
-`infer_one` is the paper in one loop. The losses of the two training phases follow it; `infer` does
-the same for many examples at once.
+`infer_one` is the paper in one loop. The losses of the two training phases follow it. Last stands
+`infer`: dynamic inference again, for many examples at once.
 
-Dimensions: B rows (examples), S tokens, H hidden size, W width of gates and heads, L layers,
-C classes. mask is True at real tokens, False at padding.
+Dimensions: B rows (examples) of a batch, S tokens, H hidden size, W width of gates and heads,
+L layers, C classes, N rows of a pool. mask is True at real tokens, False at padding.
 """
 
 from dataclasses import dataclass
@@ -161,8 +161,8 @@ def hard_weight(g: Tensor) -> Tensor:
 # --- Cross-layer contrast -----------------------------------------------------------------------
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """The contrastive loss (InfoNCE) of tokens in two neighbouring layers: a token should know
-    itself again in the next layer. The paper's aim: better middle layers, where examples exit.
+    """The contrastive loss (InfoNCE) of tokens in two neighbouring layers: a token should
+    recognise itself in the next layer. The paper's aim: better middle layers, where examples exit.
 
         contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] )
         s[t,t']  = exp( cos(u_t, v_t') / tau )
@@ -186,7 +186,7 @@ class Gated:
     outputs: list[Tensor]       # d times (B, S, H): layer_i(h_{i-1}), what left it
     last: Tensor                # (B, S, H): h_d
     g_soft: Tensor              # (B, d): the gates before the hard weight
-    g_used: Tensor              # (B, d): after it, if it was asked for; else the same
+    g_used: Tensor              # (B, d): the gates that mixed: hard ones, or else g_soft
 
 
 def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
@@ -325,13 +325,14 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         b     skips     runs, exits        (no longer alive)
         c     runs      runs, not sure     skips, the last head answers
 
-    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Three kinds of index: i is
-    a layer, from 0; alive and runs (N,) say of every row of the pool whether it is still inside,
-    and whether it runs layer i; rows (n,) are the positions in the pool of a batch's rows.
+    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. i is a layer, from 0;
+    alive (N,) says of every row of the pool whether it is still inside; rows (n,) are the
+    positions in the pool of a batch's rows.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
     row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask every head even so. batch_tokens: default by device. Call model.eval() first."""
+    ask the head of every layer that ran even so. batch_tokens: default by device. Call
+    model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768
@@ -347,14 +348,12 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     for rows, s, _ in full_batches(alive, mask, batch_tokens):
         h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
     for i in range(L):
-        runs = alive                                                        # (N,) bool
         if skip:
             gate_asked[:, i] = alive
             for rows, s, m in full_batches(alive, mask, batch_tokens):
                 gates[rows, i] = model.gates[i](h[rows, :s], m).float()     # (n,)
-            runs = alive & (gates[:, i] < 0.5)
-        ran[:, i] = runs
-        for rows, s, m in full_batches(runs, mask, batch_tokens):
+        ran[:, i] = alive & (gates[:, i] < 0.5)         # without gates these are 0: all run
+        for rows, s, m in full_batches(ran[:, i], mask, batch_tokens):
             h[rows, :s] = model.bert.layers[i](h[rows, :s], m)              # (n, s, H)
             if ask_heads and i < L - 1:
                 history[rows, i] = model.heads[i](h[rows, :s], m)[0].float()    # (n, C)

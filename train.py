@@ -5,10 +5,9 @@
     python train.py --task cola --weights ~/e5-small --data-dir ~/glue --lr 1e-4    # own folders
     python train.py --task cola --weights ~/e5-small --lr 1e-4 --method bert        # the baseline
 
-Phase 1 trains the encoder, the gates, the last head and the projections. Phase 2 freezes them and
-trains the other heads.
+Phase 1 trains encoder, gates, last head and projections; phase 2 only the other heads.
 
-A run's folder holds model.pt (all that counts), run.json (its readable copy), tokenizer.json.
+A run's folder: model.pt (settings, log, weights), run.json (its readable copy), tokenizer.json.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from smartbert import SmartBert, infer_pools, phase1_loss, phase2_loss
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# The defaults stand in `make_parser`. What a task changes, as tried with encoders of 12 x 384:
+# The defaults stand in `make_parser`. What a task changes; GLUE's with encoders of 12 x 384:
 BY_TASK = {
     # from scratch: a higher rate, more epochs; the swaps need more of the layers
     "toy": dict(batch_size=32, lr=5e-4, epochs1=16, epochs2=4, budget=0.65, gates_from=0.4,
@@ -110,7 +109,7 @@ def train_bert(run, model, training, validation):
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, validation):
-    """Phase 1: all but the other heads learn together."""
+    """Phase 1: all but the heads before the last learn together."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -140,7 +139,7 @@ def train_phase1(run, model, training, validation):
 def penalty_at(run, progress):
     """lambda and the budget at this point of phase 1 (progress 0..1). Before gates_from nothing is
     penalised, because gates that skip before the task is learned ruin the encoder. Then lambda
-    holds at once, or the budget falls in a line from all layers, and holds from full_from on."""
+    holds at once, or the budget falls linearly from all layers, and holds from full_from on."""
     settings = run.settings
     if progress < settings.gates_from or not run.gates:
         return 0.0, 1.0
@@ -160,7 +159,7 @@ def keep_best(run, model, result):
     better = layers <= best["layers"]
     if score != best["score"]:
         better = score > best["score"]
-    if rank != best["rank"]:                            # has the last word
+    if rank != best["rank"]:                            # counts most
         better = rank > best["rank"]
     if better:
         weights = copy.deepcopy(model.state_dict())
@@ -170,7 +169,7 @@ def keep_best(run, model, result):
 def gate_rank(run, share):
     """Rank of an epoch whose gates ran this share of the layers; needed because epochs that do not
     skip yet score best. 2: at most 1.1 budgets, or no gates. 1: more, though the budget held in
-    full; with lambda, any epoch since it held. 0: earlier, or gates that were still soft."""
+    full; with lambda, any epoch since it held. 0: earlier, or soft gates before the hard ones."""
     settings = run.settings
     if not run.gates:
         return 2
@@ -204,7 +203,7 @@ def train_phase2(run, model, training, validation):
         end_epoch(run, model, optimizer, log, validation)
 
 
-# --- The pieces of the three --------------------------------------------------------------------
+# --- What the training loops share --------------------------------------------------------------
 
 def autocast(settings):
     """The context in which a model computes: bfloat16 with --bf16."""
@@ -229,7 +228,7 @@ def make_optimizer(model, rates, state):
 
 
 def warmup_decay(step, steps, warmup):
-    """The factor of a learning rate: up in a line in the first part of the steps, then down to 0.
+    """The factor of a learning rate: it rises linearly in the first part of the steps, then falls.
     Step 0 takes the factor of step 1, because its own would be 0."""
     rising = max(step, 1) / max(warmup * steps, 1e-9)
     falling = (steps - step) / ((1 - warmup) * steps)
@@ -257,8 +256,8 @@ def draw_batches(run, training, epochs):
 
 
 def update(model, parts, optimizer):
-    """One step down parts["loss"], under torchrun by the mean of the processes' gradients. Returns
-    the parts for the log. Raises UserError where the gradient is not finite."""
+    """One step by the gradient of parts["loss"], under torchrun the processes' mean. Returns the
+    parts for the log. Raises UserError where the gradient is not finite."""
     parts["loss"].backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     if WORLD > 1:
@@ -295,7 +294,6 @@ def end_epoch(run, model, optimizer, log, validation):
     run.log.append(entry)
     run.optimizer = optimizer.state_dict()
     save_run(run, model)
-
     metric, score = next(iter(result.items()))
     print(f"phase {run.phase} epoch {run.epoch}  loss {entry['loss']:.3f}  {validation.name} "
           f"{metric} {score:.3f} with {result['layers']:.1f} of {len(model.gates)} layers",
@@ -321,7 +319,7 @@ def start_run(run):
     if words > config.vocab_size or settings.max_length > config.max_position_embeddings:
         raise UserError(f"these weights have {config.vocab_size} words, the tokenizer {words}; "
                         f"--max-length can be {config.max_position_embeddings} at most")
-    # Without gates they start at g = sigmoid(-30), about 0, and are not trained.
+    # A run without gates has them all the same: at g = sigmoid(-30), about 0, and untrained.
     bias = settings.gate_bias if run.gates else -30.0
     model = SmartBert(bert, len(task.labels), bias)
     run.config = asdict(config)
@@ -383,8 +381,8 @@ def make_parser(methods):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group().add_argument
-    share, rate = within(float, 0, 0.99), within(float, 0, 1e9)
-    weight, some, count = within(float, 0, 1), within(int, 1, 10**9), within(int, 0, 10**9)
+    fraction, under_1, rate = within(float, 0, 1), within(float, 0, 0.99), within(float, 0, 1e9)
+    count, positive = within(int, 0, 10**9), within(int, 1, 10**9)
     add("--task", default="toy", choices=TASKS, help="a task of GLUE, or the toy")
     add("--method", default=methods[0], choices=methods, help="exits: SmartBERT without gates")
     add("--recipe", default="ours", choices=["ours", "release"], help="release: the authors'")
@@ -392,27 +390,27 @@ def make_parser(methods):
     add("--data-dir", help="folder with GLUE's files; without it they are downloaded")
     add("--out", help="the run's folder")
     # what makes the gates skip: either the budget or lambda
-    either("--budget", type=weight, default=0.5, help="share of the layers that may run freely")
+    either("--budget", type=fraction, default=0.5, help="share of the layers that may run freely")
     either("--lam", type=rate, default=0.0, help="lambda of the paper's penalty; 0: the budget")
     add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
-    add("--gates-from", type=share, default=0.3, help="share of phase 1 before the gates learn")
-    add("--full-from", type=share, default=0.6, help="share of phase 1 when the full budget holds")
-    add("--full-share", type=weight, default=0.0, help="share of examples that run every layer")
+    add("--gates-from", type=under_1, default=0.3, help="share of phase 1 before the gates learn")
+    add("--full-from", type=under_1, default=0.6, help="share of phase 1 until the full budget")
+    add("--full-share", type=fraction, default=0.0, help="share of examples that run every layer")
     add("--soft-epochs", type=count, default=0, help="epochs of phase 1 with soft gates")
     # the contrast; 0: none
-    add("--eta1", type=weight, default=0.01, help="eta_1, weight of phase 1's contrast")
-    add("--eta2", type=weight, default=0.05, help="eta_2, weight of phase 2's contrast")
+    add("--eta1", type=fraction, default=0.01, help="eta_1, weight of phase 1's contrast")
+    add("--eta2", type=fraction, default=0.05, help="eta_2, weight of phase 2's contrast")
     # the optimisation
-    add("--epochs1", type=some, default=5, help="epochs of phase 1")
+    add("--epochs1", type=positive, default=5, help="epochs of phase 1")
     add("--epochs2", type=count, default=2, help="epochs of phase 2; 0: no exits")
     add("--batch-size", type=within(int, WORLD, 10**9), default=16, help="examples in a step")
     add("--lr", type=rate, default=3e-5, help="the encoder's learning rate; 384 wide: 1e-4")
     add("--lr-new", type=rate, default=1e-3, help="learning rate of heads and projections")
     add("--lr-gates", type=rate, default=1e-3, help="learning rate of the gates")
-    add("--warmup", type=share, default=0.06, help="share of a schedule in which rates rise")
+    add("--warmup", type=under_1, default=0.06, help="share of a schedule in which rates rise")
     add("--max-length", type=within(int, 8, 10**9), default=128, help="tokens of an example")
-    add("--held-out", type=share, default=0.1, help="share of train to select epoch, threshold")
-    add("--limit", type=some, help="use only the first LIMIT training examples")
+    add("--held-out", type=under_1, default=0.1, help="share of train to select epoch, threshold")
+    add("--limit", type=positive, help="use only the first LIMIT training examples")
     add("--seed", type=count, default=50, help="of weights, order, dropout, held-out rows")
     # the machine
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to run")
@@ -432,7 +430,7 @@ def parse(arguments, methods=METHODS):
     parser.set_defaults(out=out, **changes)
     settings = parser.parse_args(arguments)             # again, over the task's defaults
     if settings.budget != parser.get_default("budget"):
-        settings.lam = 0.0                              # the authors' lambda
+        settings.lam = 0.0              # a budget that is named replaces the authors' lambda
     if "" in vars(settings).values():
         parser.error("a flag has an empty value: leave it out, or set the variable it takes")
     if settings.task == "toy" and (settings.data_dir, settings.weights) != (None, WEIGHTS):
@@ -440,13 +438,14 @@ def parse(arguments, methods=METHODS):
     return settings
 
 
-def join_processes():
+def join_processes(device):
     """Join the process group if torchrun started several processes; only the first one prints."""
     if WORLD > 1:
-        enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-        if enough:                                      # a GPU for every process
+        backend = "gloo"
+        if device == "cuda" and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+            backend = "nccl"                            # a GPU for every process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if enough else "gloo")
+        distributed.init_process_group(backend)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
 
@@ -455,17 +454,18 @@ def prepare(settings, **kind):
     """The run in the folder (a new one, unless it is resumed), its model, the encoded training set
     and the encoded split that judges epochs. kind: Run's fields gates, exits, criterion."""
     folder = Path(settings.out).expanduser()
-    resumes = check_folder(folder, settings.resume, settings.overwrite)
+    # Under torchrun the first process alone looks and writes; the others wait for it.
+    resumes = RANK > 0 or check_folder(folder, settings.resume, settings.overwrite)
     splits = load_task(settings.task, settings.data_dir)
     training, validation = hold_out(splits["train"], settings.held_out, settings.seed,
                                     settings.limit)
     if len(validation) == 0:
         validation = splits[TASKS[settings.task].devs[0]]
         print(f"warning: nothing is held out: {validation.name} selects the epoch and is reported")
-    if RANK == 0 and not resumes:
+    if not resumes:
         start_run(Run(folder, settings, digest(splits["train"]), **kind))
     if WORLD > 1:
-        distributed.barrier()                           # wait until it is written
+        distributed.barrier()
     run, model = load_run(folder, settings.device)
     check_data(run, splits["train"])
     before, now = vars(run.settings), vars(settings)
@@ -483,8 +483,8 @@ def prepare(settings, **kind):
 def train(settings):
     """Both phases, or the baseline; returns the run's folder."""
     exits = settings.method != "bert" and settings.epochs2 > 0
-    run, model, training, validation = prepare(settings, gates=settings.method == "smartbert",
-                                           exits=exits)
+    run, model, training, validation = prepare(
+        settings, gates=settings.method == "smartbert", exits=exits)
     if run.phase == 1:
         if settings.method == "bert":
             train_bert(run, model, training, validation)
@@ -502,7 +502,7 @@ def train(settings):
 def main(arguments=sys.argv[1:]):
     settings = parse(arguments)
     with one_line_errors("train.py"):
-        join_processes()
+        join_processes(settings.device)
         print(f"now: python eval.py {train(settings)}")
 
 

@@ -115,7 +115,10 @@ def main(arguments=sys.argv[1:]):
     else:
         if not (folder / "tests/test_exercises.py").is_file():
             parser.error(f"{folder} holds no assignment: make it first, without --solve")
-        solve(folder, number)
+        try:
+            solve(folder, number)
+        except (SyntaxError, ValueError) as error:
+            parser.error(f"mend this first, so that the file can be read: {error}")
         print(f"exercise {number} is solved; what stood there is in {folder}/attempts.txt")
 
 

@@ -161,7 +161,7 @@ def parse_all(arguments):
 def main(arguments=sys.argv[1:]):
     settings = parse_all(arguments)
     with one_line_errors("rivals.py"):
-        join_processes()
+        join_processes(settings.device)
         folder = train(settings)
         evaluate = "eval.py"
         if settings.method == "pabee":

@@ -617,8 +617,9 @@ def test_two_processes_step_on_the_mean_of_their_gradients(tmp_path):
     torch.testing.assert_close(run["weights"], hand, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rank, gpus, backend", [(0, 0, "gloo"), (1, 1, "gloo"), (1, 2, "nccl")])
-def test_nccl_needs_a_gpu_for_every_process(monkeypatch, refused, rank, gpus, backend):
+@pytest.mark.parametrize("device, rank, gpus, backend", [
+    ("cpu", 0, 0, "gloo"), ("cuda", 1, 1, "gloo"), ("cuda", 1, 2, "nccl"), ("cpu", 1, 2, "gloo")])
+def test_nccl_needs_a_gpu_for_every_process(monkeypatch, refused, device, rank, gpus, backend):
     """And of every batch each process must get a row."""
     joined, chosen = [], []
     monkeypatch.setattr(train, "WORLD", 4)
@@ -629,7 +630,7 @@ def test_nccl_needs_a_gpu_for_every_process(monkeypatch, refused, rank, gpus, ba
     monkeypatch.setattr(train.distributed, "init_process_group", lambda name: joined.append(name))
     before = sys.stdout
     monkeypatch.setattr(sys, "stdout", before)          # so that it is put back
-    train.join_processes()
+    train.join_processes(device)
     assert joined == [backend] and chosen == ([rank] if backend == "nccl" else [])
     assert (sys.stdout is before) == (rank == 0)
     refused(train.parse, ["--batch-size", "3"], "--batch-size")
