@@ -5,9 +5,8 @@
 
 Hugging Face's transformers is the peer where it is installed; without it those rows are left out.
 A ratio above 1 means that ours is faster. With --runs: dynamic inference of trained runs, speed-up
-in seconds over speed-up in FLOPs, both against plain BERT here, and their evaluation by two full
-passes against one pass for each threshold. Run it on an idle machine; it takes some ten minutes on
-two cores.
+in seconds over speed-up in FLOPs, both against plain BERT here. Run it on an idle machine; it
+takes some ten minutes on two cores.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from bert import load_bert, read_tensors
 from data import (TASKS, collate, encode, load_task, load_tokenizer, one_line_errors, pools,
                   training_batches, write_text)
 from eval import Point, full_passes, measure_all, seconds
-from smartbert import SmartBert, infer, infer_pools, phase1_loss, phase2_loss
+from smartbert import SmartBert, infer, phase1_loss, phase2_loss
 from train import DEVICES, load_run
 
 figures = {}                # all that was measured, for --json
@@ -82,58 +81,25 @@ def theirs(peer, batch):
     return peer(batch.ids, attention_mask=batch.mask.long(), token_type_ids=batch.segment_ids)
 
 
-class Products:
-    """The matrix products of all layers and nothing else: what is left when all the rest is
-    free."""
-
-    def __init__(self, model, device):
-        H, I = model.bert.config.hidden_size, model.bert.config.intermediate_size
-        self.L = len(model.gates)
-        self.inputs = {H: torch.randn(4096, H, device=device),
-                       I: torch.randn(4096, I, device=device)}
-        shapes = (H, 3 * H), (H, H), (H, I), (I, H)
-        self.matrices = [torch.randn(*shape, device=device) for shape in shapes]
-
-    def __call__(self, tokens):
-        for matrix in self.matrices * self.L:
-            inputs = self.inputs[len(matrix)]
-            torch.addmm(matrix[0], inputs[:tokens], matrix)
-
-
 # --- What is measured ---------------------------------------------------------------------------
 
 def bench_forward(model, peer, tokenizer, asked):
-    """Plain inference: against the products alone, and against the peer on two dev sets."""
+    """Plain inference against the peer's, on two dev sets."""
     model.eval()
-    config, device = model.bert.config, asked.device
-    H, S = config.hidden_size, min(128, config.max_position_embeddings)
-    products = Products(model, device)
-    ids = torch.randint(config.vocab_size, (BATCH, S), device=device)
-    full = (ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
-    with torch.inference_mode():
-        ours, peak = in_turn(lambda: model(*full), lambda: products(ids.numel()),
-                             rounds=asked.rounds)
-    # The products leave out attention's own, so they are scaled to what the forward multiplies.
-    note(f"plain forward, {BATCH} x {S} tokens / the same products alone", ours,
-         peak * (24 * H * H + 4 * S * H) / (24 * H * H))
-    if peer is None:
-        return
     peer.eval()
     for task in ("rte", "sst2"):
         dev = encode(tokenizer, load_task(task, asked.data_dir)["dev"])
         positions = list(range(len(dev)))
-        given = [collate(dev, positions[i:i + BATCH], device)
+        given = [collate(dev, positions[i:i + BATCH], asked.device)
                  for i in range(0, len(dev), BATCH)]
-        pooled = pools(dev, device)
+        pooled = pools(dev, asked.device)
         with torch.inference_mode():
-            other, same, floor, plain = in_turn(
+            other, same, plain = in_turn(
                 lambda: [theirs(peer, batch) for batch in given],
                 lambda: [model(*batch.inputs) for batch in given],
-                lambda: [products(batch.ids.numel()) for batch in given],
                 lambda: [infer(model, *batch.inputs, skip=False) for batch in pooled],
                 rounds=asked.rounds)
         note(f"{task}: plain forward, identical batches of 32 / transformers", same, other)
-        note(f"{task}: those batches' products alone / transformers", floor, other)
         note(f"{task}: whole dev set as each would run it / transformers", plain, other)
 
 
@@ -180,7 +146,7 @@ def bench_training(model, peer, tokenizer, asked):
 
 
 def bench_run(folder, asked):
-    """Dynamic inference and evaluation of a trained run."""
+    """Dynamic inference of a trained run."""
     run, model = load_run(folder, asked.device)
     task = TASKS[run.settings.task]
     split = load_task(task.name, asked.data_dir)[task.devs[0]]
@@ -198,15 +164,6 @@ def bench_run(folder, asked):
         note(f"{task.name} {name}: {1 / share:.2f}x in FLOPs / in seconds", timed[point],
              timed[points[0]] * share)
 
-    def by_full_passes():
-        measure_all(model, split, task, full_passes(run, model, split), points)
-
-    def by_single_passes():
-        for point in points:
-            infer_pools(model, batches, skip=point.gated, threshold=point.threshold)
-
-    note(f"{task.name}: {len(points)} points by two full passes / by a pass each",
-         *in_turn(by_full_passes, by_single_passes, rounds=1))
     singly = [collate(split, [i], asked.device) for i in range(len(split))]
 
     def in_pools():
@@ -239,7 +196,8 @@ def main(arguments=sys.argv[1:]):
     with one_line_errors("bench.py"):
         model = SmartBert(load_bert(asked.weights), 2).to(asked.device)
         peer, tokenizer = peer_of(asked.weights, asked.device), load_tokenizer(asked.weights)
-        bench_forward(model, peer, tokenizer, asked)
+        if peer is not None:
+            bench_forward(model, peer, tokenizer, asked)
         bench_training(model, peer, tokenizer, asked)
         for folder in asked.runs:
             bench_run(folder, asked)

@@ -2,8 +2,6 @@
 
     python results/run_study.py --weights WEIGHTS --data-dir GLUE --only "sst2*"
     python results/run_study.py --weights WEIGHTS --data-dir GLUE --check cola-50
-
-WEIGHTS: a folder for each encoder. --check: is it within two deviations of the stored seeds?
 """
 
 import argparse
@@ -77,10 +75,12 @@ def check(name, asked):
     """Train a stored row again, and compare it with the stored seeds."""
     def chosen(text):
         return [r for r in json.loads(text)["rows"] if r["chosen"] or r["threshold"] is None]
-    stored = sum([chosen(p.read_text()) for p in RESULTS.glob(f"{name[:-3]}-5?.json")], [])
+    stored = [chosen(path.read_text()) for path in RESULTS.glob(f"{name[:-3]}-5?.json")]
+    if len(stored) < 2:
+        raise UserError(f"{name}: of fewer than two stored seeds there is no spread")
     for row in chosen(make(f"check-{name}", COMMANDS[name], asked)):
         for value in "score", "flops":
-            known = [other[value] for other in stored if other["mode"] == row["mode"]]
+            known = [o[value] for rows in stored for o in rows if o["mode"] == row["mode"]]
             mean, spread = statistics.mean(known), statistics.stdev(known)
             verdict = "in" if abs(row[value] - mean) <= 2 * spread else "NOT in"
             print(row["mode"], value, f"{row[value]:.3f} {verdict} {mean:.3f} +- {2 * spread:.3f}")
@@ -94,7 +94,7 @@ def main(arguments=sys.argv[1:]):
     add("--runs", default="runs/study", type=Path, help="where runs and logs are kept")
     add("--only", default="*", help="names of runs, such as 'sst2*'")
     add("--jobs", default=2, type=int, help="runs at once, of one thread each")
-    add("--check", choices=COMMANDS, metavar="NAME", help="train this stored row again")
+    add("--check", choices=COMMANDS, metavar="NAME", help="within two deviations, made again?")
     asked = parser.parse_args(arguments)
     asked.runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,7 +1,6 @@
 """The tables and the picture of a study: mean and spread over seeds, all methods side by side.
 
     python results/study.py results/*-5?.json                        # at the chosen thresholds
-    python results/study.py results/*-5?.json --target-speedup 2.5   # for two fifths of the FLOPs
     python results/study.py results/*-5?.json --at 0.3 0.4 0.5       # at equal FLOPs
     python results/study.py results/*-5?.json --plot                 # study.png beside the first
 
@@ -15,13 +14,11 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import UserError, atomic_write, one_line_errors
-from eval import choose
 from train import FREE, parse, within
 
 # What only some methods have: another method's value of it means nothing.
@@ -118,24 +115,6 @@ def unusual(result, alike):
 
 # --- The tables ---------------------------------------------------------------------------------
 
-def chosen_rows(rows, mode, speedup):
-    """The row that stands for a mode, in a list: the row without exits or the starred one; none
-    where the mode has no star. With a target speed-up the star is chosen anew, among the rows."""
-    alike = [row for row in rows if row["mode"] == mode]
-    if mode in ("plain", "skip"):
-        return alike
-    if speedup is None:
-        return [row for row in alike if row["chosen"]]
-    tried = {i: held_out(row) for i, row in enumerate(alike) if row["held_out"] is not None}
-    modes = {"exit": "plain", "both": "skip"}
-    without = [held_out(row) for row in rows if row["mode"] == modes[mode]]
-    return [alike[i] for i in choose(tried, without[0], speedup)]
-
-
-def held_out(row):
-    return SimpleNamespace(score=row["held_out"], flops=row["held_out_flops"])
-
-
 def baseline(study, data, weights):
     """The scores of the separately trained plain BERTs on the same data from the same weights."""
     return [result.rows[0]["score"] for result in study.get((data, weights, "bert", ""), [])]
@@ -156,8 +135,9 @@ def names_of(study):
     return [" ".join(map(str.ljust, line, widths)) for line in lines]
 
 
-def summary(study, speedup=None):
-    """Score and FLOPs of the chosen rows, and the points lost or won against plain BERT."""
+def summary(study):
+    """Score and FLOPs of the rows without exits and of the starred ones, and the points lost or won
+    against plain BERT."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
     for name, ((data, weights, method, _), seeds) in zip(names, study.items()):
@@ -165,7 +145,8 @@ def summary(study, speedup=None):
         for mode in sorted({row["mode"] for result in seeds for row in result.rows}):
             chosen = []
             for result in seeds:
-                chosen += chosen_rows(result.rows, mode, speedup)
+                chosen += [row for row in result.rows if row["mode"] == mode
+                           and (row["chosen"] or row["threshold"] is None)]
             if not chosen:
                 continue
             scores = [row["score"] for row in chosen]
@@ -303,7 +284,6 @@ def main(arguments=sys.argv[1:]):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, share = parser.add_argument, within(float, 0, 1)
     add("files", nargs="+", metavar="JSON", help="eval.json files, or runs")
-    add("--target-speedup", type=within(float, 1, 1e9), metavar="X", help="as in eval.py")
     add("--at", nargs="+", type=share, metavar="SHARE",
         help="compare exits and both at these shares of plain BERT's FLOPs")
     add("--plot", action="store_true",
@@ -312,7 +292,7 @@ def main(arguments=sys.argv[1:]):
     with one_line_errors("study.py"):
         study = read_study(asked.files)
         if asked.at is None:
-            print(summary(study, asked.target_speedup))
+            print(summary(study))
         else:
             print(at_costs(study, asked.at))
         if asked.plot:
