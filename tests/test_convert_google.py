@@ -69,11 +69,6 @@ def varint(value: int) -> bytes:
     return bytes([value % 128 + 128, value // 128])
 
 
-def literal(content: bytes) -> bytes:
-    """An element of snappy, with two bytes that tell its length."""
-    return bytes([61 << 2]) + (len(content) - 1).to_bytes(2, "little") + content
-
-
 def masked_crc(content: bytes) -> int:
     """CRC-32C by a division bit by bit, masked as TensorFlow and LevelDB do."""
     crc = 0xFFFFFFFF
@@ -85,18 +80,14 @@ def masked_crc(content: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
-def compressed(block: bytes) -> bytes:
-    """A block of an index, compressed, with its kind and its checksum."""
-    block = varint(len(block)) + literal(block) + b"\1"
-    return block + masked_crc(block).to_bytes(4, "little")
-
-
-def compressed_index(kind: bytes = b"\x09") -> bytes:
-    """The fixture's index as older TensorFlows write it; kind: the type of global_step."""
-    block = compressed(FILES[INDEX][:5497].replace(b"step\x08\x09", b"step\x08" + kind))
+def index(dtype: bytes = b"\x09", kind: bytes = b"\0") -> bytes:
+    """The fixture's index made anew. dtype: of global_step. kind: of the blocks; 1 is compressed."""
+    def closed(block: bytes) -> bytes:
+        return block + kind + masked_crc(block + kind).to_bytes(4, "little")
+    block = closed(FILES[INDEX][:5497].replace(b"step\x08\x09", b"step\x08" + dtype))
     handle = varint(0) + varint(len(block) - 5)
     entry = bytes([0, 1, len(handle)]) + b"z" + handle
-    blocks = compressed(entry + bytes(4) + (1).to_bytes(4, "little"))  # one restart, at 0
+    blocks = closed(entry + bytes(4) + (1).to_bytes(4, "little"))       # one restart, at 0
     handles = varint(0) * 2 + varint(len(block)) + varint(len(blocks) - 5)
     return block + blocks + handles.ljust(40, b"\0") + FILES[INDEX][-8:]
 
@@ -118,7 +109,7 @@ def test_a_zip_becomes_a_folder_of_the_hub(tmp_path):
 
 @pytest.mark.parametrize("name, files, lower", [
     ("mac.zip", MAC, True), ("folder", FILES, True), ("saved model", SAVED, True),
-    ("compressed", FILES | {INDEX: compressed_index()}, True),
+    ("made anew", FILES | {INDEX: index()}, True),
     ("cased", FILES | {"vocab.txt": b"[CLS]\nthe\nThe\n"}, False),
     ("told", FILES | {"tokenizer_config.json": b'{"do_lower_case": false}'}, False)])
 def test_other_sources(tmp_path, name, files, lower):
@@ -162,11 +153,12 @@ def test_missing_files(tmp_path, unwritten, name):
 
 @pytest.mark.parametrize("name", ["bert_config.json", INDEX, DATA])
 def test_damaged_files(tmp_path, unwritten, name):
-    """Empty, truncated, of another kind; an index with a tensor of texts (type 7)."""
+    """Empty, truncated, of another kind; an index with a tensor of texts (type 7); compressed."""
     words = (INDEX, DATA, "damaged", "(a checksum or", "download the model again")
     if name == "bert_config.json":
         words = (name, "is not a JSON object")
-    for content in b"", FILES[name][:-7], b"[1]", b"\xff\xfe{", compressed_index(b"\x07"):
+    for content in (b"", FILES[name][:-7], b"[1]", b"\xff\xfe{", index(dtype=b"\x07"),
+                    index(kind=b"\1")):
         unwritten(write(tmp_path / "source", FILES | {name: content}), *words)
 
 
@@ -220,16 +212,3 @@ def test_checksums_equal_a_division_bit_by_bit():
         tool.check_crc(content, crc)
         with pytest.raises(ValueError):
             tool.check_crc(flip(content, size - 1), crc)
-
-
-def test_snappy():
-    """What its library made: a long and a short literal, a copy that overlaps itself, a short
-    copy. Then rarer elements by hand, from its format_description.txt."""
-    text = bytes(range(70)) + b"abc" * 20 + bytes(range(9, 16)) + b"/layer" * 3
-    compressed = "9b01f049" + text[:74].hex() + "de03000009097944" + text[-18:].hex()
-    assert tool.unsnap(bytes.fromhex(compressed)) == text
-    text = np.random.default_rng(0).bytes(600)
-    far = bytes([3 | 19 << 2]) + (600).to_bytes(4, "little")    # 20 bytes from 600 back
-    near = bytes([1 | 5 << 2 | 1 << 5, 300 - 256])              # 9 bytes from 300 back
-    expected = text + text[:20] + text[320:329]
-    assert tool.unsnap(varint(len(expected)) + literal(text) + far + near) == expected

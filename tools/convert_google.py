@@ -89,8 +89,8 @@ def write(path: Path, content: bytes) -> None:
 # --- The checkpoint -----------------------------------------------------------------------------
 
 # The data file holds the bytes of all tensors; the index says which are where. It is a table of
-# LevelDB (its doc/table_format.md) with protocol buffers (TensorFlow's tensor_bundle.proto), whose
-# blocks may be compressed (snappy's format_description.txt). All of it is little-endian.
+# LevelDB (its doc/table_format.md), not compressed, with protocol buffers (TensorFlow's
+# tensor_bundle.proto). All of it is little-endian.
 
 def read_checkpoint(root: Path | zipfile.Path) -> dict[str, np.ndarray]:
     """The tensors under Hugging Face's names. Kernels are transposed, the optimizer's moments left
@@ -147,11 +147,11 @@ def entries(table: bytes, handle: bytes) -> Iterator[tuple[str, bytes]]:
     two varints. A key stores only what differs from the key before it."""
     offset, at = varint(handle, 0)
     size, _ = varint(handle, at)
-    kind = offset + size                        # the position of a byte: 1 if compressed
+    kind = offset + size                        # the position of a byte: 0, not compressed
     check_crc(table[offset:kind + 1], number(table, kind + 1, 4))
+    if table[kind] != 0:
+        raise ValueError("a compressed block")          # TensorFlow has written none since 1.2
     block = table[offset:kind]
-    if table[kind] == 1:
-        block = unsnap(block)
     key, at = b"", 0
     end = len(block) - 4 - 4 * number(block, len(block) - 4, 4)     # an array of offsets
     while at < end:
@@ -190,28 +190,6 @@ def message(content: bytes) -> dict[int, list]:
             value, at = content[at:at + value], at + value
         fields.setdefault(tag >> 3, []).append(value)
     return fields
-
-
-def unsnap(content: bytes) -> bytes:
-    """Decompress a block: literal bytes, and copies of bytes that came before."""
-    _, at = varint(content, 0)                  # the size
-    result = bytearray()
-    while at < len(content):
-        kind, tag, at = content[at] & 3, content[at] >> 2, at + 1
-        if kind == 0:
-            more = max(tag - 59, 0)             # bytes that give a longer length
-            length = 1 + (number(content, at, more) if more else tag)
-            at += more + length
-            result += content[at - length:at]
-            continue
-        more = (1, 2, 4)[kind - 1]              # bytes that give the distance
-        distance, length = number(content, at, more), tag + 1
-        if kind == 1:                           # the tag's upper bits belong to the distance
-            distance, length = distance + (tag >> 3 << 8), (tag & 7) + 4
-        at += more
-        for _ in range(length):                 # a copy may reach into itself
-            result.append(result[-distance])
-    return bytes(result)
 
 
 # --- Checksums ----------------------------------------------------------------------------------
