@@ -260,29 +260,30 @@ def evaluate(run, model, options):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    without = {"exit": Point("plain"), "both": Point("skip")}
+    baselines = {"exit": Point("plain"), "both": Point("skip")}
     if not run.gates:
-        del without["both"]
-    points = list(without.values())
+        del baselines["both"]
+    points = list(baselines.values())
     thresholds = options.thresholds
     if thresholds is None:
         thresholds = [round(share * math.log(len(task.labels)), 3) for share in SHARES]
     if run.exits:
-        points += [Point(mode, value) for mode, value in product(without, thresholds)]
+        points += [Point(mode, value) for mode, value in product(baselines, thresholds)]
 
-    # The choice: on held-out data of all classes, among the quantiles of its entropies.
-    wanted = options.thresholds is None and len(set(held.labels)) == len(task.labels)
-    grid, stars, held_out = [], [], {}
+    # The choice: on held-out data of all classes, among the quantiles of its entropies (which on
+    # dev make the curve).
+    can_choose = options.thresholds is None and len(set(held.labels)) == len(task.labels)
+    stars, for_curve, held_out = [], [], {}
     if len(held) > 0:
         held = encode(tokenizer, held, settings.max_length)
         passes = full_passes(run, model, held)
         held_out = measure_all(model, held, task, passes, points)
-        for mode, point in without.items():
-            candidates = quantiles(mode, passes[point.gated])
+        for mode, baseline in baselines.items():
+            candidates = quantiles(mode, passes[baseline.gated])
             tried = measure_all(model, held, task, passes, candidates)
-            if wanted:
-                stars += choose(tried, held_out[point], options.target_speedup)
-            grid += candidates
+            if can_choose:
+                stars += choose(tried, held_out[baseline], options.target_speedup)
+            for_curve += candidates
             held_out |= tried
     points = [point for point in points if point not in stars] + stars
 
@@ -290,7 +291,8 @@ def evaluate(run, model, options):
     for name in task.devs:
         split = encode(tokenizer, splits[name], settings.max_length)
         split.partial |= splits["train"].partial
-        results = measure_all(model, split, task, full_passes(run, model, split), points + grid)
+        results = measure_all(model, split, task, full_passes(run, model, split),
+                              points + for_curve)
         timed = seconds(run, model, split, points[:1] + stars, options.repeats)
         rows = []
         for point in points:
@@ -299,7 +301,7 @@ def evaluate(run, model, options):
                 "criterion": run.criterion, "chosen": point in stars, "held_out": before.score,
                 "held_out_flops": before.flops, "seconds": timed.get(point, 0.0)})
         curve = [vars(point) | {"score": results[point].score, "flops": results[point].flops}
-                 for point in grid]
+                 for point in for_curve]
         report(run, split, rows, curve)
 
 
