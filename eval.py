@@ -10,8 +10,8 @@ Gates do not depend on the threshold, and an exit only ends a row's computation 
 passes over a split, with and without gates, ask the head of every layer that runs and never exit.
 `apply_exits` ends each row at its exit, and so every threshold follows from two passes; only the
 seconds are those of real dynamic inference. Read `evaluate` first. N examples, L layers, C
-classes. Where not said, run is a train.Run, model a SmartBert, split a Split, points a list of
-Point.
+classes. Unless said otherwise, run is a train.Run, model a SmartBert, split a Split, points a list
+of Point.
 """
 
 import argparse
@@ -191,8 +191,7 @@ def choose(tried, baseline, speedup) -> list[Point]:
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
     """Seconds of dynamic inference at each point: the median of `repeats` passes over at most
-    1,000 examples, after one to warm up (0: that one). The points take turns; the batch is made
-    before."""
+    1,000 examples, after one to warm up (0: only that one). The points take turns."""
     rows = np.random.default_rng(0).permutation(len(split))[:1000].tolist()
     [batch] = pools(split.select(rows), run.settings.device)    # one pool is enough for them
     passes = []

@@ -7,8 +7,8 @@ decides whether the answer is already certain.
 
     logits, ran, exit = infer_one(model, ids, segment_ids, threshold=0.3)
 
-`infer_one` is the paper in one loop. The losses of the two training phases follow it. Last stands
-`infer`: dynamic inference again, for many examples at once.
+`infer_one` is the paper in one loop. The losses of the two training phases follow it. `infer`
+comes last: dynamic inference for many examples at once.
 
 Dimensions: B rows (examples) of a batch, S tokens, H hidden size, W width of gates and heads,
 L layers, C classes, N rows of a pool. mask is True at real tokens, False at padding.
@@ -62,7 +62,7 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """A projection head: the contrast compares tokens in this space, so it does not force the
+    """A projection: the contrast compares tokens in this space, so it does not force the
     hidden states of neighbouring layers to be similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
@@ -93,7 +93,7 @@ class SmartBert(nn.Module):
         config = bert.config
         H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
         # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
-        # gate costs about the same share of a layer at any H. At least 16: four heads of 4.
+        # gate costs about the same share of a layer at any H. At least 16: 4 x 4 for ExitHead.
         W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
@@ -263,7 +263,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
     CE: i = 1 .. L-1; contrast: i = 1 .. L-2. u_i = head_i.project(z_i), z_i = tanh(W_in x), where
-    head i reads x. Only these heads are trained; encoder, gates and last head are frozen. The
+    head i reads x. Only heads 1 .. L-1 are trained; encoder, gates and last head are frozen. The
     hidden states follow the hard gates, but head i always reads x = layer_i(h_{i-1}), even where
     the gate skips layer i. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels
     (B,). Returns the loss and its parts, scalars."""
@@ -326,12 +326,12 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         c     runs      runs, not sure     skips, the last head answers
 
     Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. i is a layer, from 0;
-    alive (N,) says of every row of the pool whether it is still inside; rows (n,) are the
+    alive (N,) says of every row of the pool whether it has not exited yet; rows (n,) are the
     positions in the pool of a batch's rows.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
     row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask the head of every layer that ran even so. batch_tokens: default by device. Call
+    ask the head of every layer that ran all the same. batch_tokens: default by device. Call
     model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
