@@ -29,7 +29,7 @@ OF_CONTRAST = {"eta1", "eta2"}
 LOOKS = {("smartbert", "both"): ("#0072B2", "-"), ("smartbert", "exit"): ("#E69F00", "--"),
          ("smartbert", "skip"): ("#009E73", "D"), ("deebert", "exit"): ("#D55E00", "-"),
          ("fastbert", "exit"): ("#CC79A7", "-"), ("pabee", "exit"): ("#56B4E9", "-"),
-         ("berxit", "exit"): ("#7F3C8D", "-")}
+         ("berxit", "exit"): ("#7F3C8D", "-"), ("exits", "exit"): ("#000000", ":")}
 GRAY = "#999999"
 
 
@@ -136,8 +136,8 @@ def names_of(study):
 
 
 def summary(study):
-    """Score and FLOPs of the rows without exits and of the starred ones, and the points lost or won
-    against plain BERT."""
+    """Score and FLOPs of the rows without exits and of the starred ones, and the points lost or
+    won against plain BERT."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5} {'score':>14} {'FLOPs':>14} {'points':>7}"]
     for name, ((data, weights, method, _), seeds) in zip(names, study.items()):
