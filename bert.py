@@ -101,7 +101,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder. `forward` runs all layers; SmartBERT calls `embeddings` and `layers[i]`."""
+    """The encoder. `forward` runs all layers; gated passes call `embeddings` and `layers[i]`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()

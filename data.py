@@ -158,7 +158,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
     """(training part, held-out part) of the first `limit` examples, both in their order. A share
-    (0..1) of each class is drawn at random, at most 2000 rows or so: more select no better."""
+    (0..1) of each class is drawn at random, about 2000 rows at most: more are no better."""
     rng, held, split = random.Random(seed), set(), split.select(range(len(split))[:limit])
     share = min(share, 2000 / len(split))
     for label in sorted(set(split.labels)):
@@ -258,8 +258,8 @@ OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurs
 THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
           "thimble ruby candle feather bell crown spoon glove ticket").split()
 CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-# The toy's encoder. It is so narrow that it does not learn with BERT's initial deviation, 0.02,
-# but with 1 / sqrt(H). A wide inner layer would learn two swaps by heart, without depth.
+# The toy's encoder. So narrow a one learns only from initial weights of deviation 1 / sqrt(H), not
+# BERT's 0.02. A wide inner layer would learn two swaps by heart, without depth.
 TOY_BERT = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128,
                 max_position_embeddings=128, initializer_range=64**-0.5,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

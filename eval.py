@@ -6,9 +6,9 @@
 The inference modes: *plain* (every layer and the last head), *skip* (gates only), *exit* (exits
 only), *both*. FLOPs are counted on real tokens, with gates and heads.
 
-Gates do not depend on the threshold, and an exit only ends a row's computation early. So two full
-passes over a split, with and without gates, ask the head of every layer that runs and never exit.
-`apply_exits` ends each row at its exit, and so every threshold follows from two passes; only the
+Gates do not depend on the threshold, and an exit only ends a row's computation early. So two
+*full passes* over a split, with and without gates, serve every threshold: they ask the head of
+every layer that runs, and no row exits. `apply_exits` then ends each row at its exit; only the
 seconds are those of real dynamic inference. Read `evaluate` first. N examples, L layers, C
 classes. Unless said otherwise, run is a train.Run, model a SmartBert, split a Split, points a list
 of Point.
@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -113,9 +113,9 @@ def full_passes(run, model, split):
 
 
 def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
-    """`infer`'s outcome, from a full pass, whose gates and history it keeps. leaves (N, L) bool:
-    at which heads a row would exit; it counts only where a head was asked. None: no exits, and
-    only the last head is asked, which costs less than exits that never fire."""
+    """What `infer` would return if the rows of this full pass exited; gates and history stay those
+    of the full pass. leaves (N, L) bool: where a row would exit, if its head was asked. None: no
+    exits, and only the last head is asked, which costs less than exits that never fire."""
     N, L = full.ran.shape
     layer = torch.arange(1, L + 1)                                          # (L,)
     last = (layer == L).expand(N, L)                                        # (N, L)
@@ -125,8 +125,9 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
     stops = (leaves & asked) | last                                         # (N, L)
     exits = stops.int().argmax(1) + 1           # argmax gives the first of equals
     inside = layer <= exits[:, None]                                        # (N, L)
-    return Outcome(full.history[torch.arange(N), exits - 1], exits, full.ran & inside,
-                   full.gate_asked & inside, full.gates, asked & inside, full.history)
+    return replace(full, logits=full.history[torch.arange(N), exits - 1], exit=exits,
+                   ran=full.ran & inside, gate_asked=full.gate_asked & inside,
+                   head_asked=asked & inside)
 
 
 def measure(model, split, task, outcome) -> Result:
@@ -166,9 +167,9 @@ def measure_all(model, split, task, passes, points) -> dict[Point, Result]:
 # --- The choice of a threshold ------------------------------------------------------------------
 
 def quantiles(mode: str, full: Outcome) -> list[Point]:
-    """About 250 points of a mode: the quantiles of the entropies of a full pass."""
+    """A mode's candidates: about 250 quantiles of the entropies of a full pass."""
     values = entropy(full.history)[:, :-1][full.head_asked[:, :-1]]         # (n,)
-    if len(values) == 0:                            # gates skip layers 1 .. L-1 of every row
+    if len(values) == 0:            # no exits, or the gates skip layers 1 .. L-1 of every row
         return []
     found = np.quantile(values.double().numpy(), np.linspace(0, 1, 250))
     return [Point(mode, value) for value in sorted({float(f"{value:.4g}") for value in found})]
@@ -178,7 +179,7 @@ def choose(tried, baseline, speedup) -> list[Point]:
     """At most one point of a mode, by held-out results (tried: Point -> Result). With a target
     speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest. Without:
     the cheapest that loses at most .005 against the baseline, the mode without exits; none if it
-    saves nothing, if all score alike, or if the baseline has learned nothing."""
+    saves nothing, if all score alike, or if the baseline scores 0 or less."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
@@ -259,9 +260,9 @@ def evaluate(run, model, options):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    baselines = {"exit": Point("plain"), "both": Point("skip")}
-    if not run.gates:
-        del baselines["both"]
+    baselines = {"exit": Point("plain")}
+    if run.gates:
+        baselines["both"] = Point("skip")
     points = list(baselines.values())
     thresholds = options.thresholds
     if thresholds is None:

@@ -11,7 +11,8 @@ decides whether the answer is already certain.
 comes last: dynamic inference for many examples at once.
 
 Dimensions: B rows (examples) of a batch, S tokens, H hidden size, W width of gates and heads,
-L layers, C classes, N rows of a pool. mask is True at real tokens, False at padding.
+L layers, C classes, N rows of a pool (what one call of `infer` takes). mask is True at real
+tokens, False at padding.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Gate(nn.Module):
         super().__init__()
         self.body = ClsAttention(hidden_size, width, n_heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, bias)          # below 0, g < 1/2: layers run at first
+        nn.init.constant_(self.out.bias, bias)          # far below 0, g < 1/2: layers run at first
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H) -> g (B,)."""
@@ -169,7 +170,8 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 
     u, v (B, S, W): the projected tokens of layer i and layer i+1. Positive: the same token in the
     other layer. Negatives: the other tokens of the same example, in the other layer. Padding is
-    neither an anchor nor a negative: it would make the task easy. mask (B, S). Returns a scalar.
+    neither an anchor nor a negative: it would make the task easy. mask (B, S); tau: temperature.
+    Returns a scalar.
     """
     log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
@@ -186,7 +188,7 @@ class Gated:
     outputs: list[Tensor]       # d times (B, S, H): layer_i(h_{i-1}), what left it
     last: Tensor                # (B, S, H): h_d
     g_soft: Tensor              # (B, d): the gates before the hard weight
-    g_used: Tensor              # (B, d): the gates that mixed: hard ones, or else g_soft
+    g_used: Tensor              # (B, d): hard_weight(g_soft) if hard, else g_soft
 
 
 def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, hard: bool,
@@ -262,11 +264,11 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 full_share: float = 0.0) -> dict[str, Tensor]:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    CE: i = 1 .. L-1; contrast: i = 1 .. L-2. u_i = head_i.project(z_i), z_i = tanh(W_in x), where
-    head i reads x. Only heads 1 .. L-1 are trained; encoder, gates and last head are frozen. The
-    hidden states follow the hard gates, but head i always reads x = layer_i(h_{i-1}), even where
-    the gate skips layer i. full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels
-    (B,). Returns the loss and its parts, scalars."""
+    CE: i = 1 .. L-1; contrast: i = 1 .. L-2. Head i always reads layer_i(h_{i-1}), even where the
+    gate skips layer i; the hidden states h_i follow the hard gates. u_i = head_i.project(z_i), z_i
+    the narrow tokens that head i returns. Only heads 1 .. L-1 are trained, all else is frozen.
+    full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels (B,). Returns the loss
+    and its parts, scalars."""
     last = len(model.heads) - 1
     with torch.no_grad():
         gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last,
@@ -325,14 +327,13 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         b     skips     runs, exits        (no longer alive)
         c     runs      runs, not sure     skips, the last head answers
 
-    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. i is a layer, from 0;
-    alive (N,) says of every row of the pool whether it has not exited yet; rows (n,) are the
-    positions in the pool of a batch's rows.
+    Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Below, i counts layers
+    from 0; rows (n,) are the positions of a batch's rows in the pool.
 
     ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
     row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask the head of every layer that ran all the same. batch_tokens: default by device. Call
-    model.eval() first."""
+    ask the head of every layer that ran, even without a threshold. batch_tokens: default by
+    device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768

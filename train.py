@@ -35,7 +35,7 @@ from smartbert import SmartBert, infer_pools, phase1_loss, phase2_loss
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# The defaults stand in `make_parser`. What a task changes; GLUE's with encoders of 12 x 384:
+# What a task changes of `make_parser`'s defaults; GLUE's values suit encoders of 12 x 384:
 BY_TASK = {
     # from scratch: a higher rate, more epochs; the swaps need more of the layers
     "toy": dict(batch_size=32, lr=5e-4, epochs1=16, epochs2=4, budget=0.65, gates_from=0.4,
@@ -56,7 +56,7 @@ AUTHORS = dict(
     full_share=0.0,                     # every example obeys its gates
     lr=2e-5, lr_new=2e-5, lr_gates=2e-5,    # one rate; with ours, fresh modules learn faster
     warmup=0.014,                       # 10 steps of RTE
-    epochs2=4,                          # ours does with 2
+    epochs2=4,                          # ours needs only 2
 )
 FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # they change no result
 WEIGHTS = "google-bert/bert-base-uncased"
@@ -109,7 +109,7 @@ def train_bert(run, model, training, validation):
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, validation):
-    """Phase 1: all but the heads before the last learn together."""
+    """Phase 1: everything but heads 1 .. L-1 is trained."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -120,13 +120,12 @@ def train_phase1(run, model, training, validation):
         model.train()
         log = []
         for step, steps, batch in draw_batches(run, training, settings.epochs1):
-            # First the task alone, then with the gates: a warm-up and a decay for each.
+            # First the gates rest, then they learn: a warm-up and a decay for each part.
             start = math.ceil(settings.gates_from * steps) if run.gates else 0
             if step < start:
-                set_rates(optimizer, warmup_decay(step, start, settings.warmup), gate_factor=0.0)
+                set_rates(optimizer, warmup_decay(step, start, settings.warmup), resting="gates")
             else:
-                factor = warmup_decay(step - start, steps - start, settings.warmup)
-                set_rates(optimizer, factor, gate_factor=factor)
+                set_rates(optimizer, warmup_decay(step - start, steps - start, settings.warmup))
             lam, budget = penalty_at(run, step / steps)
             with autocast(settings):
                 parts = phase1_loss(model, *batch.inputs, batch.labels, lam=lam, budget=budget,
@@ -167,9 +166,9 @@ def keep_best(run, model, result):
 
 
 def gate_rank(run, share):
-    """Rank of an epoch whose gates ran this share of the layers; needed because epochs that do not
-    skip yet score best. 2: at most 1.1 budgets, or no gates. 1: more, though the budget held in
-    full; with lambda, any epoch since it held. 0: earlier, or soft gates before the hard ones."""
+    """Rank of an epoch whose gates ran this share of the layers: those before the gates skip score
+    best. 2: at most 1.1 times the budget, or no gates. 1: more, although budget or lambda had its
+    full value at the epoch's end. 0: it had not, or the gates were soft and hard ones follow."""
     settings = run.settings
     if not run.gates:
         return 2
@@ -235,10 +234,10 @@ def warmup_decay(step, steps, warmup):
     return min(rising, falling, 1.0)
 
 
-def set_rates(optimizer, factor, gate_factor=0.0):
-    """Set every learning rate to this factor of its peak; those of the gates to another."""
+def set_rates(optimizer, factor, resting=None):
+    """Set every learning rate to this factor of its peak; of the group named `resting` to 0."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * (gate_factor if group["name"] == "gates" else factor)
+        group["lr"] = 0.0 if group["name"] == resting else factor * group["peak"]
 
 
 def draw_batches(run, training, epochs):
@@ -274,8 +273,8 @@ def update(model, parts, optimizer):
 
 
 def end_epoch(run, model, optimizer, log, validation):
-    """Judge an epoch on this split, add it to the run's log (with the means over its steps), store
-    the run, say so. Under torchrun every process judges, so that all choose the same epoch."""
+    """Judge an epoch on the validation split (under torchrun every process does, so that all keep
+    the same one), log it with the means over its steps, store the run, print a line."""
     settings, task = run.settings, TASKS[run.settings.task]
     threshold = None
     if run.phase == 2:                                  # for the log only: eval.py chooses one
@@ -390,7 +389,7 @@ def make_parser(methods):
     add("--data-dir", help="folder with GLUE's files; without it they are downloaded")
     add("--out", help="the run's folder")
     # what makes the gates skip: either the budget or lambda
-    either("--budget", type=fraction, default=0.5, help="share of the layers that may run freely")
+    either("--budget", type=fraction, default=0.5, help="share of the layers that run unpenalised")
     either("--lam", type=rate, default=0.0, help="lambda of the paper's penalty; 0: the budget")
     add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
     add("--gates-from", type=under_1, default=0.3, help="share of phase 1 before the gates learn")
@@ -409,7 +408,7 @@ def make_parser(methods):
     add("--lr-gates", type=rate, default=1e-3, help="learning rate of the gates")
     add("--warmup", type=under_1, default=0.06, help="share of a schedule in which rates rise")
     add("--max-length", type=within(int, 8, 10**9), default=128, help="tokens of an example")
-    add("--held-out", type=under_1, default=0.1, help="share of train to select epoch, threshold")
+    add("--held-out", type=under_1, default=0.1, help="share of train to choose epoch, threshold")
     add("--limit", type=positive, help="use only the first LIMIT training examples")
     add("--seed", type=count, default=50, help="of weights, order, dropout, held-out rows")
     # the machine
@@ -503,7 +502,8 @@ def main(arguments=sys.argv[1:]):
     settings = parse(arguments)
     with one_line_errors("train.py"):
         join_processes(settings.device)
-        print(f"now: python eval.py {train(settings)}")
+        folder = train(settings)
+        print(f"now: python eval.py {folder}")
 
 
 if __name__ == "__main__":

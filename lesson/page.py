@@ -64,20 +64,21 @@ def stars(run):
 
 
 def commands(run):
-    """The commands that made the page; train.py's with the settings that are not the usual."""
+    """The commands that made the page; training has the settings that are not the usual ones."""
     settings, script, words = vars(run.settings).copy(), "train.py", []
     out = shlex.quote(run.settings.out)
-    usual = vars(parse(["--task", settings["task"]]))
-    usual["task"] = "toy"
+    usual = vars(parse(["--task", settings["task"]])) | {"task": "toy", "from_run": None}
     if settings["lam"] > 0:
         del settings["budget"]          # train.py takes one of the two
     if settings["method"] not in METHODS:
         script = "results/rivals.py"
     for name, value in settings.items():
         if value != usual[name] and name not in FREE - {"out"}:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
     train = shlex.join(["python", script, *words])
-    return [train.replace(" True", ""), f"python eval.py {out}", f"python lesson/page.py {out}"]
+    return [train, f"python eval.py {out}", f"python lesson/page.py {out}"]
 
 
 def content(run, model):

@@ -26,6 +26,7 @@ import numpy as np
 from data import (TASKS, UserError, atomic_write, encode, load_task, load_tokenizer,
                   one_line_errors, pools)
 from eval import Point
+from results.criteria import compare
 from smartbert import infer_pools
 from train import autocast, load_run
 
@@ -76,7 +77,7 @@ def plot_scores(plt, path, rows, key, chosen, **labels):
     for name in dict.fromkeys(row[key] for row in rows):
         curve = [(row["flops"], row["score"]) for row in rows if row[key] == name]
         flops, score = np.array(sorted(curve)).T
-        every = max(1, len(curve) // 10)                # of the points, one in ten has a marker
+        every = max(1, len(curve) // 10)                # about ten points of a curve have a marker
         plt.plot(flops, score, label=name, markersize=9, markevery=every)
     for row in chosen:
         plt.plot(row["flops"], row["score"], "ok", fillstyle="none", markersize=18)
@@ -172,11 +173,9 @@ def plot(folder):
         outcome = infer_pools(model, pools(dev), skip=point.gated, threshold=point.threshold)
         full = infer_pools(model, pools(dev), skip=False, all_heads=True)
     plot_examples(plt, folder / "examples.png", outcome, title)
-    if (ROOT / "results" / "criteria.py").is_file():
-        from results.criteria import compare            # here: it may not be there
-        *criteria, oracle = compare(model, dev, TASKS[name], full)
-        plot_scores(plt, folder / "criteria.png", criteria, "criterion", [],
-                    title=f"{name}: exits without gates", ylabel=score)
+    *criteria, oracle = compare(model, dev, TASKS[name], full)
+    plot_scores(plt, folder / "criteria.png", criteria, "criterion", [],
+                title=f"{name}: exits without gates", ylabel=score)
 
 
 def main(arguments=sys.argv[1:]):

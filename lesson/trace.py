@@ -10,7 +10,6 @@ counted up to the end of a layer, as a share of plain BERT's for the same exampl
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,26 +19,27 @@ import torch
 from data import (TASKS, Split, UserError, encode, load_tokenizer, one_line_errors, pools,
                   split_lines)
 from eval import flops, plain_flops
+from lesson.page import stars
 from smartbert import entropy, infer_pools
 from train import autocast, load_run
 
 
 def find_threshold(run, threshold):
-    """This threshold, or the chosen one, or 0.3; None for a run without exits."""
+    """This threshold, or the chosen one, or 0.3, in nats; None for a run without exits. Raises
+    UserError for a run that is not finished or exits by another criterion."""
     if not run.finished or run.criterion != "entropy":
         raise UserError(f"{run.folder} is not finished, or does not exit by entropy: name another")
     if not run.exits:
         return None
-    mode, path = "both" if run.gates else "exit", run.folder / "eval.json"
-    if threshold is None and path.is_file():
-        for row in json.loads(path.read_text())["rows"]:
-            if row["chosen"] and row["mode"] == mode:
-                threshold = row["threshold"]
-    return 0.3 if threshold is None else threshold
+    if threshold is None:
+        mode = "both" if run.gates else "exit"
+        threshold = stars(run).get(mode, 0.3)
+    return threshold
 
 
 def read_examples(task, lines):
-    """The user's own examples, one a line, as a Split."""
+    """The user's own examples, one a line, as a Split. Raises UserError for the wrong number of
+    texts."""
     wanted, texts = 2 - task.columns.count(None), []
     for number, line in enumerate(lines, 1):
         parts = [part for part in line.split("\t") if part.strip()]
@@ -102,8 +102,8 @@ def main(arguments=sys.argv[1:]):
         if asked.file is None:
             print(trace(model, torch.tensor([len(split.ids[0])]), outcome, task.labels))
             print(f"label, probability, layers run (threshold: {threshold}):")
-        for logits, ran in zip(outcome.logits.softmax(1), outcome.ran):
-            print(f"{task.labels[logits.argmax()]}\t{logits.max():.3f}\t{ran.sum()}")
+        for p, ran in zip(outcome.logits.softmax(1), outcome.ran):      # (C,), (L,)
+            print(f"{task.labels[p.argmax()]}\t{p.max():.3f}\t{ran.sum()}")
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def score_of(model, split, task, ran):
     return scores(task, answers.tolist(), split.labels)[task.metrics[0]]
 
 
-def one_path(layers, rows, L):
-    """The same layers (from 0) for all rows: (rows, L) bool."""
-    return torch.tensor([i in layers for i in range(L)]).expand(rows, L)
+def one_path(layers, N, L):
+    """The same layers (from 0) for all examples: (N, L) bool."""
+    return torch.tensor([i in layers for i in range(L)]).expand(N, L)
 
 
 def greedy(model, held, task, depth):

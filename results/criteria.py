@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer, one_line_errors,
                   pools)
-from eval import Point, apply_exits, choose, measure, report
+from eval import NOTHING, Point, apply_exits, choose, measure, report
 from smartbert import Outcome, entropy, infer_pools
 from study import at_cost
 from train import DEVICES, autocast, check_data, load_run, within
@@ -152,16 +152,16 @@ def evaluate(run, model, splits, speedup):
     points = [plain] + [point for point in exits if point not in stars] + stars
     for name in task.devs:
         split, full = full_pass(run, model, splits[name])
-        split.partial = split.partial or splits["train"].partial
+        split.partial |= splits["train"].partial
         results = measure_patience(model, split, task, full, points)
         rows = []
         for point in points:
-            held = held_out.get(point)
+            before = held_out.get(point, NOTHING)
             rows.append(vars(point) | vars(results[point]) | {
                 "criterion": "patience",
                 "chosen": point in stars,
-                "held_out": getattr(held, "score", None),
-                "held_out_flops": getattr(held, "flops", None),
+                "held_out": before.score,
+                "held_out_flops": before.flops,
                 "seconds": 0.0,
             })
         curve = [vars(point) | {"score": results[point].score, "flops": results[point].flops}

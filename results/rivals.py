@@ -103,8 +103,8 @@ def train_heads(run, model, training, validation):
 
 
 def finished_bert(settings):
-    """The model of --from-run. Raises UserError unless it is a BERT that has seen neither other
-    data than this run will, nor what is held out here."""
+    """The run of --from-run and its model. Raises UserError unless it is a BERT that has seen
+    neither other data than this run will, nor what is held out here."""
     former, model = load_run(settings.from_run, settings.device)
     if former.settings.method != "bert" or not former.finished:
         raise UserError(f"--from-run {settings.from_run} is not a finished BERT: train one with "
@@ -120,7 +120,8 @@ def finished_bert(settings):
 
 def train(settings):
     """All stages of a method; returns the run's folder."""
-    method, former, criterion = settings.method, None, "entropy"
+    method, former = settings.method, None
+    criterion = "entropy"
     if settings.from_run is not None:
         former, bert = finished_bert(settings)
         settings.weights = former.settings.weights      # for the tokenizer

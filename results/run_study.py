@@ -73,17 +73,17 @@ def make(name, command, asked):
 
 def check(name, asked):
     """Train a stored row again, and compare it with the stored seeds."""
-    def chosen(text):
-        return [r for r in json.loads(text)["rows"] if r["chosen"] or r["threshold"] is None]
-    stored = [chosen(path.read_text()) for path in RESULTS.glob(f"{name[:-3]}-5?.json")]
+    def chosen(result):
+        return {r["mode"]: r for r in result["rows"] if r["chosen"] or r["threshold"] is None}
+    stored = [chosen(json.loads(p.read_text())) for p in RESULTS.glob(f"{name[:-3]}-5?.json")]
     if len(stored) < 2:
         raise UserError(f"{name}: of fewer than two stored seeds there is no spread")
-    for row in chosen(make(f"check-{name}", COMMANDS[name], asked)):
+    for mode, row in chosen(json.loads(make(f"check-{name}", COMMANDS[name], asked))).items():
         for value in "score", "flops":
-            known = [o[value] for rows in stored for o in rows if o["mode"] == row["mode"]]
+            known = [modes[mode][value] for modes in stored if mode in modes]
             mean, spread = statistics.mean(known), statistics.stdev(known)
             verdict = "in" if abs(row[value] - mean) <= 2 * spread else "NOT in"
-            print(row["mode"], value, f"{row[value]:.3f} {verdict} {mean:.3f} +- {2 * spread:.3f}")
+            print(mode, value, f"{row[value]:.3f} {verdict} {mean:.3f} +- {2 * spread:.3f}")
 
 
 def main(arguments=sys.argv[1:]):

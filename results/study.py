@@ -59,7 +59,7 @@ def read_result(path):
 def to_result(content):
     task, recipe = content["task"], content["settings"]["recipe"]
     usual = vars(parse(["--task", task, "--recipe", recipe])) | {"from_run": None}
-    settings = usual | content["settings"]              # a plain BERT's may have fewer
+    settings = usual | content["settings"]              # only rivals.py's have from_run
     settings["from_run"] = settings["from_run"] is not None
     usual["from_run"] = False
     data = f"{task} {content['split']}"
@@ -163,7 +163,7 @@ def at_cost(points, cost):
     """The score at a share of plain's FLOPs, interpolated between the two nearest points (FLOPs,
     score); NaN outside."""
     costs, scores = zip(*sorted(points))
-    return float(np.interp(cost, costs, scores, left=np.nan, right=np.nan))
+    return np.interp(cost, costs, scores, left=np.nan, right=np.nan)
 
 
 def at_costs(study, costs):
@@ -265,8 +265,7 @@ def draw_panel(panel, study, key):
                 cost, score = np.mean([curve[0] for curve in curves], axis=0)
                 panel.plot(cost, score, style, color=colour, ms=9, label=name)
                 continue
-            scores = np.array([at_cost(curve, cost) for curve in curves for cost in costs])
-            scores = scores.reshape(len(curves), len(costs))
+            scores = np.array([at_cost(curve, costs) for curve in curves])      # (seeds, costs)
             mean, spread = scores.mean(0), scores.std(0, ddof=min(1, len(scores) - 1))
             line, = panel.plot(costs, mean, style, color=colour, lw=2, label=name)
             panel.fill_between(costs, mean - spread, mean + spread, alpha=0.15,

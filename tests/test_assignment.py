@@ -104,7 +104,7 @@ WRONG = [   # function, what stands in it, a typical mistake, what the judge say
     ("skip_penalty", "g_soft.mean(0)", "g_used.mean(0)", "takes the soft gates"),
     ("skip_penalty", "lam / g_soft.mean(0)", "lam * g_soft.mean(0)", "lambda over the sum"),
     ("skip_penalty", "g_soft.mean(0)", "g_soft", "a mean over the batch"),
-    ("skip_penalty", "F.relu(share - budget)", "(share - budget)", "a budget that is met costs no"),
+    ("skip_penalty", "F.relu(share - budget)", "(share - budget)", "a budget that is met costs"),
     ("skip_penalty", "F.relu(share - budget)", "max(0.0, (share - budget).item())", "a tensor"),
     ("skip_penalty", "1 - g_used", "1 - g_soft", "takes the gates as used"),
     ("gated_forward", "(1 - g) * output + g * h", "g * output + (1 - g) * h", "g weighs"),

@@ -81,7 +81,7 @@ def masked_crc(content: bytes) -> int:
 
 
 def index(dtype: bytes = b"\x09", kind: bytes = b"\0") -> bytes:
-    """The fixture's index made anew. dtype: of global_step. kind: of the blocks; 1 is compressed."""
+    """The fixture's index made anew. dtype: of global_step. kind: of the blocks, 1: compressed."""
     def closed(block: bytes) -> bytes:
         return block + kind + masked_crc(block + kind).to_bytes(4, "little")
     block = closed(FILES[INDEX][:5497].replace(b"step\x08\x09", b"step\x08" + dtype))

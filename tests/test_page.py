@@ -13,6 +13,7 @@ import data
 import train
 from eval import Point, full_passes, measure_all
 from lesson import page as script
+from results import rivals
 from smartbert import entropy, infer_pools
 
 LESSON = Path(__file__).parent.parent / "lesson"
@@ -182,10 +183,11 @@ def test_a_large_dev_set_is_a_sample(tmp_path, show, monkeypatch):
 
 def test_the_commands_give_the_settings_again(tmp_path):
     for flags in ("", "--budget 0.7 --bf16", "--recipe release", "--method exits --eta1 0",
-                  "--recipe release --budget 0.6 --out 'my run'"):
-        settings = train.parse(["--task", "cola", *shlex.split(flags)])
+                  "--recipe release --budget 0.6 --out 'my run'", "--method pabee --from-run b"):
+        parse = rivals.parse_all if "pabee" in flags else train.parse
+        settings = parse(["--task", "cola", *shlex.split(flags)])
         command, then, _ = script.commands(train.Run(tmp_path, settings, "", True, True))
-        assert train.parse(shlex.split(command)[2:]) == settings and settings.out in then
+        assert parse(shlex.split(command)[2:]) == settings and settings.out in then
 
 
 def test_what_is_refused(tmp_path, refused):

@@ -239,7 +239,8 @@ def test_the_tables_of_two_seeds(tmp_path, refused):
             "smartbert exit 2 0.210 +- 0.014 0.200 +- 0.000 -30.0",
             "smartbert both 2 0.300 +- 0.000 0.400 +- 0.000 -21.0",
             "smartbert gates_from=0.1 eta1=0 exit 1 0.300 0.600 -21.0",
-            "exits exit 1 0.300 0.600 -21.0", "deebert exit 1 0.300 0.600 -21.0")), (study.at_costs(read, [.3, .9]), (
+            "exits exit 1 0.300 0.600 -21.0", "deebert exit 1 0.300 0.600 -21.0")),
+            (study.at_costs(read, [.3, .9]), (
             "smartbert exit 2 0.235 +- 0.014 (+3.5 +- 1.4) -", "deebert exit 1 0.263 (+6.3) -"))):
         lines = [" ".join(line.split()) for line in table.splitlines()]
         assert {"cola dev gte " + line for line in expected} <= set(lines)
