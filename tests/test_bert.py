@@ -75,7 +75,8 @@ def test_dropout_acts_in_training_only(tmp_path, hidden, attention):
     assert torch.equal(h[-1], bert(*BATCH)[-1]) == (hidden + attention == 0)
     assert torch.equal(h[0], bert(*BATCH)[0]) == (hidden == 0)  # of the embeddings
     layer = bert.layers[1]
-    layer.dropout.p = 1.0  # all that attention and the feed-forward network add
+    layer.dropout.p = bert.embeddings.dropout.p = 1.0  # all that attention and the network add
+    assert not bert.embeddings(*BATCH[:2]).any()
     torch.testing.assert_close(layer(h[1], None), layer.norm2(layer.norm1(h[1])))
 
 
@@ -128,8 +129,6 @@ def test_every_tensor_is_accounted_for(tmp_path, more, config, words):
 def test_what_is_not_supported_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"config.json: {name} is {value!r}"):
         load_bert(folder(tmp_path, **{name: value}))
-
-
 
 
 def test_foreign_names_are_shown(tmp_path, weights_refused):

@@ -69,6 +69,9 @@ def test_a_new_gate_says_what_its_bias_says():
     """-2 unless told otherwise: g = .12, so layers run at first."""
     bert = tiny_model().bert
     for model, bias in (SmartBert(bert, 3), -2.0), (SmartBert(bert, 3, gate_bias=1.0), 1.0):
+        for body in model.gates[0].body, model.heads[1].body:   # an input of scale 1 keeps it
+            assert 0.8 < 4 * body.key_value.weight.std() < 1.2
+        assert 0.8 < 20**0.5 * model.projections[2][0].weight.std() < 1.2
         nn.init.zeros_(model.gates[2].out.weight)
         g = model.gates[2](torch.randn(2, 4, 20), None)
         assert g.tolist() == pytest.approx(2 * [1 / (1 + math.exp(-bias))])
@@ -131,27 +134,29 @@ def cross_entropy_by_hand(head, hiddens, labels) -> float:
 
 @pytest.mark.parametrize("lam, budget", [(0.0, 0.2), (0.0, 0.9), (0.3, 0.2)])
 @pytest.mark.parametrize("hard", [True, False])
-@torch.no_grad()
 def test_phase1_loss_by_hand(hard, lam, budget):
     """Every part. The paper's penalty takes the soft gates, the budget the used ones, and a met
-    budget costs nothing; the contrast is a sum over the pairs."""
+    budget costs nothing; the contrast is a sum over the pairs. The penalty teaches the gates."""
     model, batch, labels = soft_model(seed=3), tiny_batch(rows=4, longest=5), [0, 2, 1, 1]
     states, _, soft, used = layers_by_hand(model, batch, hard)
     task = cross_entropy_by_hand(model.heads[-1], [row[5] for row in states], labels)
-    penalty = 3 * max((1 - used).mean().item() - budget, 0)**2
+    over, g = max((1 - used).mean().item() - budget, 0), soft[:, -1]
+    penalty, slope = 10 * over**2, -4 * over        # slope: by the mean of the last gate, of 5
     if lam > 0:
         penalty = lam / soft.mean(0).sum().item()
+        slope = -penalty**2 / lam
     u = [[project(row[i])[0] for row in states] for i, project in enumerate(model.projections)]
     pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.7) for i in range(4))
     parts = phase1_loss(model, *batch, torch.tensor(labels), hard=hard, lam=lam, budget=budget,
-                        budget_weight=3.0, eta1=0.4, tau1=0.7)
+                        eta1=0.4, tau1=0.7)
+    turn = torch.autograd.grad(parts["penalty"], model.gates[-1].out.bias, retain_graph=True)[0]
+    assert turn.item() == pytest.approx(slope * (g * (1 - g)).mean().item(), rel=1e-4)
     assert parts.pop("run").tolist() == pytest.approx((1 - used).mean(0).tolist(), abs=1e-5)
     expected = {"loss": 0.6 * (task + penalty) + 0.4 * pairs, "task": task, "penalty": penalty,
                 "contrast": pairs}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-4)
 
 
-@torch.no_grad()
 def test_phase2_loss_by_hand():
     """Every part: heads read raw outputs, states follow hard gates, the contrast is a mean."""
     model, batch, labels = soft_model(seed=3), tiny_batch(rows=4, longest=5), [0, 2, 1, 1]
@@ -160,10 +165,11 @@ def test_phase2_loss_by_hand():
     for i, head in enumerate(model.heads[:-1]):
         task += cross_entropy_by_hand(head, [row[i] for row in outputs], labels)
         u.append([head.project(head(row[i], None)[1])[0] for row in outputs])
-    pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.7) for i in range(3)) / 3
-    parts = phase2_loss(model, *batch, torch.tensor(labels), eta2=0.4, tau2=0.7)
+    pairs = sum(contrast_by_hand(u[i], u[i + 1], 0.55) for i in range(3)) / 3
+    parts = phase2_loss(model, *batch, torch.tensor(labels), eta2=0.4)
     expected = {"loss": 0.6 * task + 0.4 * pairs, "task": task, "contrast": pairs}
     assert {k: v.item() for k, v in parts.items()} == pytest.approx(expected, rel=1e-4)
+    assert torch.autograd.grad(parts["contrast"], model.heads[1].body.inner.weight)[0].any()
     parts = phase2_loss(tiny_model(layers=2), *batch, torch.tensor(labels))
     assert parts["contrast"] == 0                           # one head has no neighbour
 
