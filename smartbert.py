@@ -170,8 +170,8 @@ def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
 
     u, v (B, S, W): the projected tokens of layer i and layer i+1. Positive: the same token in the
     other layer. Negatives: the other tokens of the same example, in the other layer. Padding is
-    neither an anchor nor a negative: it would make the task easy. mask (B, S); tau: temperature.
-    Returns a scalar.
+    neither an anchor nor a negative: the loss must not depend on it. mask (B, S); tau: the
+    temperature. Returns a scalar.
     """
     log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)

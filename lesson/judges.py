@@ -140,8 +140,9 @@ def test_gate():
         "tanh is missing: z = tanh(W_in h)": by_hand(squash=lambda x: x).sigmoid(),
         "attention has self.n_heads heads, two": by_hand(heads=1).sigmoid(),
         "key_value gives the keys first, then the values": by_hand(shift=16).sigmoid()})
-    judge("z, which ClsAttention returns as well,", gate.body(h, mask)[1],
-          torch.tanh(gate.body.inner(h)))
+    a, z = gate.body(h, mask)
+    judge("gate.out(a), where a (B, W) is attention's output,", gate.out(a).squeeze(1), right)
+    judge("z, which ClsAttention returns as well,", z, torch.tanh(gate.body.inner(h)))
     try:
         one = gate(h[:1], None)                         # the first row has no padding
     except IndexError:
@@ -270,6 +271,10 @@ def test_contrast():
             mean([mean(contrast_by_hand([a], [b], 0.5)) for a, b in zip(us, vs)]),
         "it is a mean over the tokens, not a sum": sum(right),
         "its sign is wrong": -mean(right)})
+    u.requires_grad_()
+    if not torch.autograd.grad(smartbert.contrast(u, v, mask, 0.5), u)[0].isfinite().all():
+        fail("the gradient is not finite at padding, as 0 / 0 is: mask the logits with -inf, and "
+             "compute with logarithms")
 
 
 def test_skip_penalty():
@@ -371,6 +376,8 @@ def test_gated_forward():
             "these are the gates before the hard weight": (told.soft >= 0.5)})
         judge(f"hard={hard}: g_used", gated.g_used, told.used, {
             "these are the gates that mix, after the hard weight": told.soft})
+        if not gated.g_used.requires_grad:
+            fail("g_used has no gradient: store what mixes, because the budget learns by it")
     d = len(smartbert.gated_forward(model, *batch, hard=True, depth=3).outputs)
     judge("the number of layers that depth=3 runs", torch.tensor(d), 3)
     smartbert.gated_forward(model, *batch, hard=True).last.sum().backward()
