@@ -150,16 +150,16 @@ def penalty_at(run, progress):
 
 
 def keep_best(run, model, result):
-    """Keep this epoch's weights unless an earlier epoch was better: by its rank; of equal ranks by
-    its score; of equal scores by fewer layers; of equal ones the later is kept."""
+    """Keep this epoch's weights unless an earlier epoch was better; of equal ones the later."""
     best, layers = run.best, result["layers"]
-    score = next(iter(result.values()))                 # of the task's main metric
+    score = result[TASKS[run.settings.task].metrics[0]]
     rank = gate_rank(run, layers / len(model.gates))
-    better = layers <= best["layers"]
-    if score != best["score"]:
-        better = score > best["score"]
-    if rank != best["rank"]:                            # counts most
+    if rank != best["rank"]:
         better = rank > best["rank"]
+    elif score != best["score"]:
+        better = score > best["score"]
+    else:
+        better = layers <= best["layers"]
     if better:
         weights = copy.deepcopy(model.state_dict())
         run.best = {"rank": rank, "score": score, "layers": layers, "weights": weights}
@@ -293,10 +293,10 @@ def end_epoch(run, model, optimizer, log, validation):
     run.log.append(entry)
     run.optimizer = optimizer.state_dict()
     save_run(run, model)
-    metric, score = next(iter(result.items()))
+    metric = task.metrics[0]
     print(f"phase {run.phase} epoch {run.epoch}  loss {entry['loss']:.3f}  {validation.name} "
-          f"{metric} {score:.3f} with {result['layers']:.1f} of {len(model.gates)} layers",
-          flush=True)
+          f"{metric} {result[metric]:.3f} with {result['layers']:.1f} of {len(model.gates)} "
+          f"layers", flush=True)
 
 
 # --- A run's folder -----------------------------------------------------------------------------
