@@ -59,8 +59,8 @@ class Embeddings(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None,
            dropout: float) -> Tensor:
-    """Attention in several heads. q (B, T, H): the T tokens that ask; k, v (B, S, H): the S tokens
-    that they read; mask (B, S) or None -> (B, T, H)."""
+    """Multi-head attention from T tokens to S tokens. q is (B, T, H), k and v are (B, S, H), and
+    mask is (B, S) or None. Returns (B, T, H)."""
     B, T, H = q.shape
     D = H // n_heads                                                        # A is n_heads
     q = q.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, T, D)
@@ -134,8 +134,8 @@ def mask_or_none(mask: Tensor) -> Tensor | None:
 # --- Weights from a folder ----------------------------------------------------------------------
 
 def load_bert(folder: str | Path) -> Bert:
-    """The pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError where
-    tensors are missing or unknown; else what the libraries raise."""
+    """Load the pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError
+    if it does not fit this code. Other errors come from the libraries that read the files."""
     bert = Bert(read_config(Path(folder) / "config.json"))
     bert.load_state_dict(to_our_names(read_tensors(Path(folder)), bert.config))
     return bert

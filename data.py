@@ -120,8 +120,8 @@ def load_task(name: str, data_dir: str | None = None) -> dict[str, Split]:
 
 
 def read_split(task: Task, folder: Path, split: str) -> Split:
-    """One tsv file, without quoting: split.tsv, else split.partial.tsv. Rows of another width than
-    the header, and MNLI's without a gold label, are left out and counted on stderr."""
+    """Read SPLIT.tsv or, if it is missing, SPLIT.partial.tsv. Quotation marks are plain text. Rows
+    with a wrong number of fields or without a gold label are left out, with a warning."""
     path = folder / f"{split}.tsv"
     if not path.is_file():
         path = folder / f"{split}.partial.tsv"
@@ -230,8 +230,8 @@ def collate(split: Split, rows: list[int], device: str = "cpu") -> Batch:
 
 
 def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
-    """The positions of the examples of each batch, for one epoch: shuffled; sorted by length
-    within chunks of 50 batches, so that there is little padding; the batches shuffled again."""
+    """One epoch's batches, as positions of examples. The examples are shuffled, then sorted by
+    length within chunks of 50 batches to save padding. Finally the batches are shuffled."""
     lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
     rng, chunk, made = np.random.default_rng(seed), 50 * size, []
     order = rng.permutation(len(split))
@@ -243,8 +243,8 @@ def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
 
 
 def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]:
-    """The split for evaluation: as few batches as hold at most `largest` examples each, of about
-    one size, sorted by length."""
+    """Sort the split by length and cut it into batches of about the same size. There are as few
+    batches as possible with at most `largest` examples each."""
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
     lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
     order = lengths.argsort(kind="stable").tolist()
@@ -258,8 +258,8 @@ OWNERS = ("cat dog king queen baker sailor child teacher farmer clown judge nurs
 THINGS = ("coin pea ball ring key stone pearl bean shell nut dice button marble plum cherry "
           "thimble ruby candle feather bell crown spoon glove ticket").split()
 CUPS, SWAPS = ("a", "b", "c"), ("ab", "bc", "ac")
-# The toy's encoder. So narrow a one learns only from initial weights of deviation 1 / sqrt(H), not
-# BERT's 0.02. A wide inner layer would learn two swaps by heart, without depth.
+# The toy's encoder. It is so narrow that it learns only if its initial weights have a standard
+# deviation of 1 / sqrt(H), not BERT's 0.02. A wide inner layer would memorise pairs of swaps.
 TOY_BERT = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128,
                 max_position_embeddings=128, initializer_range=64**-0.5,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -80,7 +80,7 @@ def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """An inference mode and its threshold in nats; None: without exits."""
+    """An inference mode and its threshold in nats. Without exits the threshold is None."""
     mode: str                       # plain, skip, exit or both
     threshold: float | None = None
 
@@ -105,17 +105,17 @@ NOTHING = Result(*[None] * 7)       # where there are no held-out data
 
 
 def full_passes(run, model, split):
-    """{False: the outcome with every layer, True: with gates, if the run has them}. No row exits;
-    the heads of all layers that ran are asked, if the run has exits."""
+    """Return a dict with the outcome without gates (key False) and, if the run has gates, with
+    them (key True). No row exits. If the run has exits, every layer that ran asks its head."""
     batches = pools(split, run.settings.device)
     return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
             for gated in {False, run.gates}}
 
 
 def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
-    """What `infer` would return if the rows of this full pass exited; gates and history stay those
-    of the full pass. leaves (N, L) bool: where a row would exit, if its head was asked. None: no
-    exits, and only the last head is asked, which costs less than exits that never fire."""
+    """Return what `infer` would return with exits. leaves (N, L) is True where a row would exit if
+    its head was asked. If leaves is None, no row exits early and only the last head is asked. The
+    fields gates and history keep the values of the full pass."""
     N, L = full.ran.shape
     layer = torch.arange(1, L + 1)                                          # (L,)
     last = (layer == L).expand(N, L)                                        # (N, L)
@@ -176,10 +176,10 @@ def quantiles(mode: str, full: Outcome) -> list[Point]:
 
 
 def choose(tried, baseline, speedup) -> list[Point]:
-    """At most one point of a mode, by held-out results (tried: Point -> Result). With a target
-    speed-up in FLOPs: the point with the most FLOPs that reaches it, else the cheapest. Without:
-    the cheapest that loses at most .005 against the baseline, the mode without exits; none if it
-    saves nothing, if all score alike, or if the baseline scores 0 or less."""
+    """Return at most one point, as a list. `tried` maps the points of a mode to held-out results.
+    For a target speedup, take the point with the most FLOPs that reaches it, else the cheapest.
+    Otherwise take the cheapest that scores at most .005 below the baseline, which has no exits.
+    Take none if that saves no FLOPs, if all scores are equal, or if the baseline scores <= 0."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
@@ -191,8 +191,8 @@ def choose(tried, baseline, speedup) -> list[Point]:
 
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
-    """Seconds of dynamic inference at each point: the median of `repeats` passes over at most
-    1,000 examples, after one to warm up (0: only that one). The points take turns."""
+    """Time dynamic inference on at most 1,000 examples. The points take turns. The first pass is a
+    warm-up. The median of the other `repeats` passes counts. With 0, the first one counts."""
     rows = np.random.default_rng(0).permutation(len(split))[:1000].tolist()
     [batch] = pools(split.select(rows), run.settings.device)    # one pool is enough for them
     passes = []
@@ -270,8 +270,8 @@ def evaluate(run, model, options):
     if run.exits:
         points += [Point(mode, value) for mode, value in product(baselines, thresholds)]
 
-    # The choice: on held-out data of all classes, among the quantiles of its entropies (which on
-    # dev make the curve).
+    # A threshold for each mode is chosen on the held-out data, if they contain every class. The
+    # candidates are quantiles of the entropies there. On dev they form the curve.
     can_choose = options.thresholds is None and len(set(held.labels)) == len(task.labels)
     stars, for_curve, held_out = [], [], {}
     if len(held) > 0:
@@ -287,7 +287,7 @@ def evaluate(run, model, options):
             held_out |= tried
     points = [point for point in points if point not in stars] + stars
 
-    # The dev sets: every point follows from two passes; only the seconds are of real inference.
+    # On each dev set, the full passes give the results. Only the seconds need real inference.
     for name in task.devs:
         split = encode(tokenizer, splits[name], settings.max_length)
         split.partial |= splits["train"].partial

@@ -197,9 +197,9 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
         h_i = (1 - g_i) * layer_i(h_{i-1}) + g_i * h_{i-1}
 
-    Skipped layers are computed too: in phase 1 the gradient of g_i needs layer_i(h_{i-1}), in
-    phase 2 head i reads it. full_share: this share of the rows, drawn at random, ignores the gates
-    and runs every layer: so the full model stays good, and heads see the states without gates."""
+    Skipped layers are computed too. In phase 1 the gradient of g_i needs layer_i(h_{i-1}). In
+    phase 2 head i reads it. A random share full_share of the rows ignores the gates and runs every
+    layer. This keeps the full model good, and the heads also learn from states without gates."""
     h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
     inputs, outputs, g_soft, g_used = [], [], [], []
     obeys_gate = torch.rand(len(ids), device=h.device) >= full_share        # (B,) bool
@@ -226,9 +226,9 @@ def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float,
         paper:   lam / sum_i mean_batch(g_i)
         budget:  budget_weight * max(0, mean(1 - g) - budget)^2         0 within the budget
 
-    The paper's penalty takes the soft gates (B, L): the sum of hard ones can be 0. The budget
-    takes those after the hard weight: it promises the share of layers that inference runs. A row
-    that runs in full (full_share) counts with its gates' values all the same. Returns a scalar."""
+    The paper's penalty uses g_soft (B, L), because the sum of hard gates can be 0. The budget uses
+    g_used (B, L), because it limits the share of layers that inference runs. Rows that ignore
+    their gates (full_share) are counted like all other rows. Returns a scalar."""
     if lam > 0:
         return lam / g_soft.mean(0).sum()
     share = (1 - g_used).mean()                                             # of the layers
@@ -241,11 +241,11 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 full_share: float = 0.0) -> dict[str, Tensor]:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    i = 1 .. L-1 and u_i = projections_i(h_{i-1}): the contrast compares the inputs of neighbouring
-    layers. It is a sum over the pairs here and a mean in phase 2, as in the paper's code; the etas
-    are chosen for that. lam 0 and budget 1: no penalty. hard, full_share: see `gated_forward`.
-    ids, segment_ids, mask (B, S), labels (B,).
-    Returns the loss and its parts (scalars), and run (L,): the mean of 1 - g of each layer."""
+    The sum is over i = 1 .. L-1. Since u_i = projections_i(h_{i-1}), the contrast compares the
+    inputs of neighbouring layers. Phase 2 uses a mean over i instead, as in the paper's code.
+    With lam = 0 and budget = 1 there is no penalty. `gated_forward` explains hard and full_share.
+    ids, segment_ids and mask are (B, S); labels are (B,).
+    Returns the loss, its parts (scalars) and run (L,), the mean of 1 - g for each layer."""
     gated = gated_forward(model, ids, segment_ids, mask, hard, full_share=full_share)
     logits, _ = model.heads[-1](gated.last, mask_or_none(mask))             # (B, C)
     task = F.cross_entropy(logits, labels)
@@ -264,11 +264,11 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 full_share: float = 0.0) -> dict[str, Tensor]:
     """loss2 = (1 - eta2) * sum_i CE(head_i) + eta2 * mean_i contrast(u_i, u_{i+1})
 
-    CE: i = 1 .. L-1; contrast: i = 1 .. L-2. Head i always reads layer_i(h_{i-1}), even where the
-    gate skips layer i; the hidden states h_i follow the hard gates. u_i = head_i.project(z_i), z_i
-    the narrow tokens that head i returns. Only heads 1 .. L-1 are trained, all else is frozen.
-    full_share: see `gated_forward`. ids, segment_ids, mask (B, S), labels (B,). Returns the loss
-    and its parts, scalars."""
+    The sum is over i = 1 .. L-1, the mean over i = 1 .. L-2. The states h_i follow the hard gates,
+    but head i always reads layer_i(h_{i-1}), even where the gate skips layer i. The head returns
+    narrow tokens z_i, and u_i = head_i.project(z_i). Only heads 1 .. L-1 are trained.
+    `gated_forward` explains full_share. ids, segment_ids and mask are (B, S); labels are (B,).
+    Returns the loss and its parts, which are scalars."""
     last = len(model.heads) - 1
     with torch.no_grad():
         gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last,
@@ -294,9 +294,9 @@ class Outcome:
     exit: Tensor            # (N,) long: the layer of the exit; L for a row that reached the end
     ran: Tensor             # (N, L) bool: the layers that each row ran
     gate_asked: Tensor      # (N, L) bool: the gates that were computed
-    gates: Tensor           # (N, L): what they said, g; 0 where not asked
+    gates: Tensor           # (N, L): the values g of the gates; 0 where not computed
     head_asked: Tensor      # (N, L) bool: the heads that were computed
-    history: Tensor         # (N, L, C): what they said, logits; 0 where not asked
+    history: Tensor         # (N, L, C): the logits of the heads; 0 where not computed
 
 
 def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int):
@@ -330,10 +330,10 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Below, i counts layers
     from 0; rows (n,) are the positions of a batch's rows in the pool.
 
-    ids, segment_ids, mask (N, S); fastest if sorted by length. skip: use the gates. threshold: a
-    row exits after a layer that it ran if its entropy there is lower; None: no exits. all_heads:
-    ask the head of every layer that ran, even without a threshold. batch_tokens: default by
-    device. Call model.eval() first."""
+    ids, segment_ids and mask are (N, S). Rows sorted by length are fastest. With skip, the gates
+    are used. A row exits after a layer that it ran if the entropy there is below threshold. If
+    threshold is None, no row exits early. With all_heads, every layer that ran asks its head in
+    any case. The default of batch_tokens depends on the device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768
@@ -371,8 +371,8 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
 
 def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
-    """`infer` for a whole split; the outcome has its order and lies on the CPU. pools: data.pools
-    of the split, so that memory stays bounded. how: skip, threshold, all_heads. Sets eval mode."""
+    """Run `infer` on the pools of a split, which data.pools makes, with the keyword arguments how.
+    The outcome is on the CPU, in the order of the split. The model is set to eval mode."""
     model.eval()
     parts = [vars(infer(model, *pool.inputs, **how)).values() for pool in pools]
     back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # undoes the sorting

@@ -35,28 +35,28 @@ from smartbert import SmartBert, infer_pools, phase1_loss, phase2_loss
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# What a task changes of `make_parser`'s defaults; GLUE's values suit encoders of 12 x 384:
+# Each task changes some defaults of `make_parser`. GLUE's values suit 12 layers of width 384.
 BY_TASK = {
-    # from scratch: a higher rate, more epochs; the swaps need more of the layers
+    # The toy starts from random weights, so it gets a higher rate, more epochs, a larger budget.
     "toy": dict(batch_size=32, lr=5e-4, epochs1=16, epochs2=4, budget=0.65, gates_from=0.4,
                 full_from=0.75, full_share=0.25),
-    # learned late: more epochs, and gates that begin later, slower
+    # These two tasks are learned late, so they get more epochs, and slower gates that start later.
     "cola": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
     "rte": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
-    # large: fewer epochs; single sentences need fewer layers
+    # These two tasks are large, so they get fewer epochs. SST-2 also gets a smaller budget.
     "sst2": dict(batch_size=32, epochs1=3, epochs2=1, gates_from=0.25, budget=0.4),
     "mnli": dict(epochs1=3, epochs2=1, gates_from=0.25),
 }
-# The authors' values (their run.sh and main.py, for RTE), where ours differ: --recipe release.
+# `--recipe release` replaces our values by these, from the authors' run.sh and main.py for RTE.
 AUTHORS = dict(
-    lam=0.04, budget=1.0,               # the paper's penalty; ours says how many layers will run
-    soft_epochs=3,                      # ours are hard at once, as in inference
-    gate_bias=0.0,                      # g starts at one half: all features mix half and half
+    lam=0.04, budget=1.0,               # the paper's penalty instead of our budget
+    soft_epochs=3,                      # our gates are hard from the start, as in inference
+    gate_bias=0.0,                      # g starts near 1/2, so no layer's output counts fully
     gates_from=0.0, full_from=0.0,      # gates learn at once, before the task is learned
     full_share=0.0,                     # every example obeys its gates
-    lr=2e-5, lr_new=2e-5, lr_gates=2e-5,    # one rate; with ours, fresh modules learn faster
-    warmup=0.014,                       # 10 steps of RTE
-    epochs2=4,                          # ours needs only 2
+    lr=2e-5, lr_new=2e-5, lr_gates=2e-5,    # all modules learn at the same rate
+    warmup=0.014,                       # the rates rise for 10 steps of RTE
+    epochs2=4,                          # our default is 2
 )
 FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # they change no result
 WEIGHTS = "google-bert/bert-base-uncased"
@@ -120,7 +120,7 @@ def train_phase1(run, model, training, validation):
         model.train()
         log = []
         for step, steps, batch in draw_batches(run, training, settings.epochs1):
-            # First the gates rest, then they learn: a warm-up and a decay for each part.
+            # The gates rest first and learn later. Each part has its own warm-up and decay.
             start = math.ceil(settings.gates_from * steps) if run.gates else 0
             if step < start:
                 set_rates(optimizer, warmup_decay(step, start, settings.warmup), resting="gates")
@@ -136,9 +136,9 @@ def train_phase1(run, model, training, validation):
 
 
 def penalty_at(run, progress):
-    """lambda and the budget at this point of phase 1 (progress 0..1). Before gates_from nothing is
-    penalised, because gates that skip before the task is learned ruin the encoder. Then lambda
-    holds at once, or the budget falls linearly from all layers, and holds from full_from on."""
+    """Return lambda and the budget at `progress`, from 0 to 1, of phase 1. Before `gates_from`
+    there is no penalty, because gates that skip too early ruin the encoder. After it, lambda is
+    constant. If lambda is 0, the budget falls linearly from 1 until `full_from` instead."""
     settings = run.settings
     if progress < settings.gates_from or not run.gates:
         return 0.0, 1.0
@@ -150,7 +150,7 @@ def penalty_at(run, progress):
 
 
 def keep_best(run, model, result):
-    """Keep this epoch's weights unless an earlier epoch was better; of equal ones the later."""
+    """Keep this epoch's weights unless an earlier epoch was better. The later one wins a tie."""
     best, layers = run.best, result["layers"]
     score = result[TASKS[run.settings.task].metrics[0]]
     rank = gate_rank(run, layers / len(model.gates))
@@ -166,9 +166,9 @@ def keep_best(run, model, result):
 
 
 def gate_rank(run, share):
-    """Rank of an epoch whose gates ran this share of the layers: those before the gates skip score
-    best. 2: at most 1.1 times the budget, or no gates. 1: more, although budget or lambda had its
-    full value at the epoch's end. 0: it had not, or the gates were soft and hard ones follow."""
+    """The rank counts before the score, because epochs score best before the gates skip. It is 2
+    without gates, or if lambda is 0 and the share of layers run is at most 1.1 times the budget.
+    It is 1 if the penalty ended at full strength. It is 0 if not, or while gates are soft."""
     settings = run.settings
     if not run.gates:
         return 2
@@ -210,8 +210,8 @@ def autocast(settings):
 
 
 def make_optimizer(model, rates, state):
-    """AdamW over modules, each with its own learning rate; everything else is frozen. rates: name
-    -> (module, rate); state: that of a run to be continued."""
+    """Make AdamW for the modules in rates, which maps a name to (module, learning rate). All other
+    parameters are frozen. A resumed run passes the state of its optimizer."""
     model.requires_grad_(False)
     groups = []
     for name, (module, lr) in rates.items():
@@ -235,15 +235,15 @@ def warmup_decay(step, steps, warmup):
 
 
 def set_rates(optimizer, factor, resting=None):
-    """Set every learning rate to this factor of its peak; of the group named `resting` to 0."""
+    """Set each learning rate to `factor` times its peak, or to 0 in groups named `resting`."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if group["name"] == resting else factor * group["peak"]
 
 
 def draw_batches(run, training, epochs):
-    """Yield for the run's next epoch: the step, counted from the phase's start; the phase's steps;
-    the batch (under torchrun this process's rows). All that is random in an epoch (order, dropout,
-    full_share) follows from the seeds set here, so that a resumed run goes the same way."""
+    """Yield (step, steps, batch) for each batch of the next epoch. The step counts from the start
+    of the phase, which has `steps` steps. Under torchrun a batch holds this process's rows only.
+    The seeds set here fix all randomness of the epoch, so a resumed run gives the same result."""
     settings = run.settings
     seed = settings.seed + run.epoch + settings.epochs1 * (run.phase - 1)
     torch.manual_seed(1000 * seed + RANK)
@@ -255,8 +255,8 @@ def draw_batches(run, training, epochs):
 
 
 def update(model, parts, optimizer):
-    """One step by the gradient of parts["loss"], under torchrun the processes' mean. Returns the
-    parts for the log. Raises UserError where the gradient is not finite."""
+    """Take one optimizer step on parts["loss"] and return the parts for the log. Under torchrun
+    the processes average their gradients. Raises UserError if the gradient is not finite."""
     parts["loss"].backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     if WORLD > 1:
@@ -318,7 +318,7 @@ def start_run(run):
     if words > config.vocab_size or settings.max_length > config.max_position_embeddings:
         raise UserError(f"these weights have {config.vocab_size} words, the tokenizer {words}; "
                         f"--max-length can be {config.max_position_embeddings} at most")
-    # A run without gates has them all the same: at g = sigmoid(-30), about 0, and untrained.
+    # A run without gates still has the modules. Their bias makes g almost 0, so every layer runs.
     bias = settings.gate_bias if run.gates else -30.0
     model = SmartBert(bert, len(task.labels), bias)
     run.config = asdict(config)
@@ -384,12 +384,12 @@ def make_parser(methods):
     count, positive = within(int, 0, 10**9), within(int, 1, 10**9)
     add("--task", default="toy", choices=TASKS, help="a task of GLUE, or the toy")
     add("--method", default=methods[0], choices=methods, help="exits: SmartBERT without gates")
-    add("--recipe", default="ours", choices=["ours", "release"], help="release: the authors'")
+    add("--recipe", default="ours", choices=["ours", "release"], help="our or the authors' values")
     add("--weights", default=WEIGHTS, help="a folder, or a hub's name")
     add("--data-dir", help="folder with GLUE's files; without it they are downloaded")
     add("--out", help="the run's folder")
     # what makes the gates skip: either the budget or lambda
-    either("--budget", type=fraction, default=0.5, help="share of the layers that run unpenalised")
+    either("--budget", type=fraction, default=0.5, help="share of layers allowed without penalty")
     either("--lam", type=rate, default=0.0, help="lambda of the paper's penalty; 0: the budget")
     add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
     add("--gates-from", type=under_1, default=0.3, help="share of phase 1 before the gates learn")
@@ -403,12 +403,12 @@ def make_parser(methods):
     add("--epochs1", type=positive, default=5, help="epochs of phase 1")
     add("--epochs2", type=count, default=2, help="epochs of phase 2; 0: no exits")
     add("--batch-size", type=within(int, WORLD, 10**9), default=16, help="examples in a step")
-    add("--lr", type=rate, default=3e-5, help="the encoder's learning rate; 384 wide: 1e-4")
+    add("--lr", type=rate, default=3e-5, help="the encoder's learning rate (1e-4 suits H = 384)")
     add("--lr-new", type=rate, default=1e-3, help="learning rate of heads and projections")
     add("--lr-gates", type=rate, default=1e-3, help="learning rate of the gates")
     add("--warmup", type=under_1, default=0.06, help="share of a schedule in which rates rise")
     add("--max-length", type=within(int, 8, 10**9), default=128, help="tokens of an example")
-    add("--held-out", type=under_1, default=0.1, help="share of train to choose epoch, threshold")
+    add("--held-out", type=under_1, default=0.1, help="share of train kept for validation")
     add("--limit", type=positive, help="use only the first LIMIT training examples")
     add("--seed", type=count, default=50, help="of weights, order, dropout, held-out rows")
     # the machine
@@ -420,7 +420,7 @@ def make_parser(methods):
 
 
 def parse(arguments, methods=METHODS):
-    """The settings from the command line, over the task's or the recipe's, over the defaults."""
+    """The settings. The command line overrides the task or recipe, which override the defaults."""
     parser = make_parser(methods)
     # --task, --method and --recipe decide the defaults, which --help is to show.
     known = parser.parse_args([word for word in arguments if word not in ("-h", "--help")])
