@@ -191,8 +191,8 @@ def choose(tried, baseline, speedup) -> list[Point]:
 
 
 def seconds(run, model, split, points, repeats) -> dict[Point, float]:
-    """Time dynamic inference on at most 1,000 examples. The points take turns. The first pass is a
-    warm-up. The median of the other `repeats` passes counts. With 0, the first one counts."""
+    """Return the seconds of dynamic inference on at most 1,000 examples. The points take turns.
+    After a pass to warm up, the median of `repeats` passes counts. With 0, that pass counts."""
     rows = np.random.default_rng(0).permutation(len(split))[:1000].tolist()
     [batch] = pools(split.select(rows), run.settings.device)    # one pool is enough for them
     passes = []

@@ -168,7 +168,7 @@ def keep_best(run, model, result):
 def gate_rank(run, share):
     """The rank counts before the score, because epochs score best before the gates skip. It is 2
     without gates, or if lambda is 0 and the share of layers run is at most 1.1 times the budget.
-    It is 1 if the penalty ended at full strength. It is 0 if not, or while gates are soft."""
+    It is 1 if the penalty ended at full strength, else 0. Soft gates before hard ones have 0."""
     settings = run.settings
     if not run.gates:
         return 2
