@@ -101,7 +101,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder. `forward` runs all layers; gated passes call `embeddings` and `layers[i]`."""
+    """The encoder. `forward` runs all layers; smartbert.py calls `embeddings` and `layers[i]`."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -111,7 +111,7 @@ class Bert(nn.Module):
         self.apply(self.initialise)
 
     def initialise(self, module: nn.Module) -> None:
-        """Fresh weights: normal with a small deviation as in BERT, biases zero."""
+        """Fresh weights: normal with deviation initializer_range, biases zero."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
 """GLUE's examples and the toy's, as tokens in batches; metrics; at the end files and downloads.
 
     splits = load_task("rte", data_dir="~/glue")                # {"train": Split, "dev": Split}
-    tokenizer = load_tokenizer("path/to/bert-base-uncased")
+    tokenizer = load_tokenizer(Path("path/to/bert-base-uncased"))
     split = encode(tokenizer, splits["train"])
     for rows in training_batches(split, size=32, seed=1):
         batch = collate(split, rows)
@@ -98,7 +98,7 @@ class Split:
     def select(self, rows) -> "Split":
         """The examples at these positions, in this order."""
         def pick(values: list) -> list:
-            return [values[i] for i in rows if values]
+            return [values[i] for i in rows if values]          # an empty list stays empty
         return replace(self, texts=pick(self.texts), labels=pick(self.labels), ids=pick(self.ids),
                        levels=pick(self.levels), segment_ids=pick(self.segment_ids))
 
@@ -147,10 +147,9 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
         texts.append((row[text], row.get(second)))
         labels.append(task.labels.index(row[label]))
     if left_out:
-        quoted = sum('"' in line for line in left_out)
         print(f"warning: {path}: left out {len(left_out)} rows without {len(header)} fields, or "
-              f"without a gold label, such as {left_out[0]!r:.60}; {quoted} of them hold a "
-              f"quotation mark: fields can't be quoted, nor hold line breaks", file=sys.stderr)
+              f"without a gold label, such as {left_out[0]!r:.60}: fields can't be quoted, nor "
+              f"hold line breaks", file=sys.stderr)
     if not labels:
         raise UserError(f"{path} holds no examples")
     return Split(split, texts, labels, partial=path.name.endswith(".partial.tsv"))
@@ -368,8 +367,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 MADE_BY = '{"made_by": "SmartBERT, version 7"'      # run.json's beginning marks a folder as ours
-# What is written into a run's folder; run.json last, so that it marks all the others.
-OURS = ("model.pt", "model.pt.*.tmp", "tokenizer.json", "eval*.json", "page.html", "score.png",
+# A run's files in the order in which they are deleted: run.json, which marks them, is last.
+OURS = ("model.pt", "*.*.tmp", "tokenizer.json", "eval*.json", "page.html", "score.png",
         "criteria.png", "layers.png", "examples.png", "training.png", "run.json")
 
 
@@ -383,7 +382,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if start not in (MADE_BY, ""):                      # an empty one is left by a crash
         raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
     if resume and (folder / "model.pt").is_file():
-        for path in folder.glob("model.pt.*.tmp"):      # left by a kill
+        for path in folder.glob("*.*.tmp"):      # left by a kill
             path.unlink()
         return True
     if not overwrite:

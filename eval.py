@@ -72,8 +72,8 @@ def flops(model: SmartBert, tokens: Tensor, outcome: Outcome) -> Tensor:
 
 def plain_flops(model: SmartBert, tokens: Tensor) -> Tensor:
     """FLOPs of plain BERT for each row, (N,). tokens (N,): its real S."""
-    layers = layer_flops(model, tokens) * len(model.bert.layers)
-    return layers + auxiliary_flops(model.heads[-1], tokens)
+    return (layer_flops(model, tokens) * len(model.bert.layers)
+            + auxiliary_flops(model.heads[-1], tokens))
 
 
 # --- Points, and what is measured at them --------------------------------------------------------
@@ -109,7 +109,7 @@ def full_passes(run, model, split):
     them (key True). No row exits. If the run has exits, every layer that ran asks its head."""
     batches = pools(split, run.settings.device)
     return {gated: infer_pools(model, batches, skip=gated, all_heads=run.exits)
-            for gated in {False, run.gates}}
+            for gated in {False, run.gates}}            # one pass if there are no gates
 
 
 def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
@@ -195,33 +195,30 @@ def seconds(run, model, split, points, repeats) -> dict[Point, float]:
     After a pass to warm up, the median of `repeats` passes counts. With 0, that pass counts."""
     rows = np.random.default_rng(0).permutation(len(split))[:1000].tolist()
     [batch] = pools(split.select(rows), run.settings.device)    # one pool is enough for them
-    passes = []
-    for _ in range(1 + repeats):
-        passes.append([])
+    taken = [[] for _ in range(1 + repeats)]
+    for one_pass in taken:
         for point in points:
             start = time.perf_counter()
             outcome = infer(model, *batch.inputs, skip=point.gated, threshold=point.threshold)
             outcome.exit.cpu()                          # waits for a GPU
-            passes[-1].append(time.perf_counter() - start)
-    return dict(zip(points, np.median(passes[-repeats:], axis=0).tolist()))
+            one_pass.append(time.perf_counter() - start)
+    return dict(zip(points, np.median(taken[-repeats:], axis=0).tolist()))
 
 
 # --- The table ----------------------------------------------------------------------------------
 
-def table(rows, metric, layers):
+def table(rows, metric, L):
     """The rows of eval.json as text. Speed-ups are plain's FLOPs or seconds over the row's."""
     lines = [f"mode   threshold {metric:>9}  held-out  layers   FLOPs  speed-up in FLOPs"
              "  in seconds"]
-    notes = [f"({layers} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data, "
-             f"if they can tell)"]
+    notes = [f"({L} layers; FLOPs with gates and heads, plain: 1; * chosen on held-out data, "
+             f"where exits and those data allow it)"]
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         held = "" if row["held_out"] is None else f"{row['held_out']:.3f}"
-        faster, star = "", ""
-        if row["seconds"] > 0:
-            faster = f"{rows[0]['seconds'] / row['seconds']:.2f}x"
+        faster = f"{rows[0]['seconds'] / row['seconds']:.2f}x" if row["seconds"] > 0 else ""
+        star = " *" if row["chosen"] else ""
         if row["chosen"]:
-            star = " *"
             notes.append(f"* {row['mode']} at {threshold}: {1 / row['held_out_flops']:.2f}x in "
                          f"FLOPs on the held-out data")
         lines.append(f"{row['mode']:<6} {threshold:>9} {row['score']:>9.3f} {held:>9} "
@@ -232,7 +229,8 @@ def table(rows, metric, layers):
 
 def bars(row):
     """Skip rate and exits of each layer, as bars; and the toy's levels."""
-    lines = [f"{row['mode']}:", "layer  skipped by those who reached it     exited after it"]
+    lines = [f"the last row, {row['mode']}:",
+             "layer  skipped by those who reached it     exited after it"]
     for i, (skipped, count) in enumerate(zip(row["skip_rate"], row["exit_histogram"]), 1):
         exited = count / sum(row["exit_histogram"])
         lines.append(f"{i:>5}  {'#' * round(20 * skipped):<20} {skipped:>4.0%}     "
@@ -316,9 +314,8 @@ def report(run, split, rows, curve):
     result = {"task": task.name, "split": split.name, "partial": split.partial, "metric": metric,
               "examples": len(split), "majority": majority, "layers": L,
               "settings": settings, "rows": rows, "curve": curve}
-    path = run.folder / "eval.json"
-    if split.name != task.devs[0]:
-        path = run.folder / f"eval-{split.name}.json"
+    suffix = "" if split.name == task.devs[0] else f"-{split.name}"
+    path = run.folder / f"eval{suffix}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
     note = " (partial data: not the GLUE task)" if split.partial else ""
     print(f"\n{task.name} {split.name}{note}: {len(split)} examples; always the most frequent "

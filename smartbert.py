@@ -94,7 +94,7 @@ class SmartBert(nn.Module):
         config = bert.config
         H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
         # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
-        # gate costs about the same share of a layer at any H. At least 16: 4 x 4 for ExitHead.
+        # gate costs about the same share of a layer if H >= 96. At least 16: 4 x 4 for ExitHead.
         W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
@@ -231,8 +231,7 @@ def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float,
     their gates (full_share) are counted like all other rows. Returns a scalar."""
     if lam > 0:
         return lam / g_soft.mean(0).sum()
-    share = (1 - g_used).mean()                                             # of the layers
-    return budget_weight * F.relu(share - budget) ** 2
+    return budget_weight * F.relu((1 - g_used).mean() - budget) ** 2
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
@@ -376,4 +375,4 @@ def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
     model.eval()
     parts = [vars(infer(model, *pool.inputs, **how)).values() for pool in pools]
     back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # undoes the sorting
-    return Outcome(*[torch.cat(fields).cpu()[back] for fields in zip(*parts)])
+    return Outcome(*[torch.cat(pieces).cpu()[back] for pieces in zip(*parts)])

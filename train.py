@@ -35,7 +35,7 @@ from smartbert import SmartBert, infer_pools, phase1_loss, phase2_loss
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# Each task changes some defaults of `make_parser`. GLUE's values suit 12 layers of width 384.
+# What some tasks change of `make_parser`'s defaults. All but lr suit 12 layers of width 384.
 BY_TASK = {
     # The toy starts from random weights, so it gets a higher rate, more epochs, a larger budget.
     "toy": dict(batch_size=32, lr=5e-4, epochs1=16, epochs2=4, budget=0.65, gates_from=0.4,
@@ -43,7 +43,7 @@ BY_TASK = {
     # These two tasks are learned late, so they get more epochs, and slower gates that start later.
     "cola": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
     "rte": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
-    # These two tasks are large, so they get fewer epochs. SST-2 also gets a smaller budget.
+    # These two are large, so they get fewer epochs. (QQP and QNLI are, too, but not tuned.)
     "sst2": dict(batch_size=32, epochs1=3, epochs2=1, gates_from=0.25, budget=0.4),
     "mnli": dict(epochs1=3, epochs2=1, gates_from=0.25),
 }
@@ -109,7 +109,7 @@ def train_bert(run, model, training, validation):
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, validation):
-    """Phase 1: everything but heads 1 .. L-1 is trained."""
+    """Phase 1: everything but heads 1 .. L-1 is trained; gates only if the run has them."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -120,7 +120,7 @@ def train_phase1(run, model, training, validation):
         model.train()
         log = []
         for step, steps, batch in draw_batches(run, training, settings.epochs1):
-            # The gates rest first and learn later. Each part has its own warm-up and decay.
+            # The gates rest first and learn later. Each period has its own warm-up and decay.
             start = math.ceil(settings.gates_from * steps) if run.gates else 0
             if step < start:
                 set_rates(optimizer, warmup_decay(step, start, settings.warmup), resting="gates")
@@ -227,8 +227,8 @@ def make_optimizer(model, rates, state):
 
 
 def warmup_decay(step, steps, warmup):
-    """The factor of a learning rate: it rises linearly in the first part of the steps, then falls.
-    Step 0 takes the factor of step 1, because its own would be 0."""
+    """The factor of a learning rate. It rises linearly in a share `warmup` of the steps, then
+    falls. Step 0 takes the factor of step 1, because its own would be 0."""
     rising = max(step, 1) / max(warmup * steps, 1e-9)
     falling = (steps - step) / ((1 - warmup) * steps)
     return min(rising, falling, 1.0)
@@ -243,7 +243,7 @@ def set_rates(optimizer, factor, resting=None):
 def draw_batches(run, training, epochs):
     """Yield (step, steps, batch) for each batch of the next epoch. The step counts from the start
     of the phase, which has `steps` steps. Under torchrun a batch holds this process's rows only.
-    The seeds set here fix all randomness of the epoch, so a resumed run gives the same result."""
+    The seeds set here fix all randomness of the epoch, so resuming does not change the result."""
     settings = run.settings
     seed = settings.seed + run.epoch + settings.epochs1 * (run.phase - 1)
     torch.manual_seed(1000 * seed + RANK)
@@ -276,9 +276,8 @@ def end_epoch(run, model, optimizer, log, validation):
     """Judge an epoch on the validation split (under torchrun every process does, so that all keep
     the same one), log it with the means over its steps, store the run, print a line."""
     settings, task = run.settings, TASKS[run.settings.task]
-    threshold = None
-    if run.phase == 2:                                  # for the log only: eval.py chooses one
-        threshold = 0.5 * math.log(len(task.labels))
+    # The threshold is for the log only: eval.py chooses one.
+    threshold = 0.5 * math.log(len(task.labels)) if run.phase == 2 else None
     with autocast(settings):
         outcome = infer_pools(model, pools(validation, settings.device), skip=run.gates,
                               threshold=threshold)
@@ -385,7 +384,7 @@ def make_parser(methods):
     add("--task", default="toy", choices=TASKS, help="a task of GLUE, or the toy")
     add("--method", default=methods[0], choices=methods, help="exits: SmartBERT without gates")
     add("--recipe", default="ours", choices=["ours", "release"], help="our or the authors' values")
-    add("--weights", default=WEIGHTS, help="a folder, or a hub's name")
+    add("--weights", default=WEIGHTS, help="a folder, or a name on the hub")
     add("--data-dir", help="folder with GLUE's files; without it they are downloaded")
     add("--out", help="the run's folder")
     # what makes the gates skip: either the budget or lambda
@@ -394,7 +393,7 @@ def make_parser(methods):
     add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
     add("--gates-from", type=under_1, default=0.3, help="share of phase 1 before the gates learn")
     add("--full-from", type=under_1, default=0.6, help="share of phase 1 until the full budget")
-    add("--full-share", type=fraction, default=0.0, help="share of examples that run every layer")
+    add("--full-share", type=fraction, default=0.0, help="share of training rows run in full")
     add("--soft-epochs", type=count, default=0, help="epochs of phase 1 with soft gates")
     # the contrast; 0: none
     add("--eta1", type=fraction, default=0.01, help="eta_1, weight of phase 1's contrast")
@@ -428,8 +427,8 @@ def parse(arguments, methods=METHODS):
     out = f"runs/{known.task}-{known.method}".removesuffix("-smartbert")
     parser.set_defaults(out=out, **changes)
     settings = parser.parse_args(arguments)             # again, over the task's defaults
-    if settings.budget != parser.get_default("budget"):
-        settings.lam = 0.0              # a budget that is named replaces the authors' lambda
+    if settings.budget is not parser.get_default("budget"):     # it is named
+        settings.lam = 0.0                                      # and replaces the authors' lambda
     if "" in vars(settings).values():
         parser.error("a flag has an empty value: leave it out, or set the variable it takes")
     if settings.task == "toy" and (settings.data_dir, settings.weights) != (None, WEIGHTS):
@@ -438,7 +437,7 @@ def parse(arguments, methods=METHODS):
 
 
 def join_processes(device):
-    """Join the process group if torchrun started several processes; only the first one prints."""
+    """Join torchrun's process group, if there is one; only the first writes to stdout."""
     if WORLD > 1:
         backend = "gloo"
         if device == "cuda" and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -453,25 +452,25 @@ def prepare(settings, **kind):
     """The run in the folder (a new one, unless it is resumed), its model, the encoded training set
     and the encoded split that judges epochs. kind: Run's fields gates, exits, criterion."""
     folder = Path(settings.out).expanduser()
-    # Under torchrun the first process alone looks and writes; the others wait for it.
-    resumes = RANK > 0 or check_folder(folder, settings.resume, settings.overwrite)
+    # Under torchrun only the first process checks and makes the folder; the others wait below.
+    exists = RANK > 0 or check_folder(folder, settings.resume, settings.overwrite)
     splits = load_task(settings.task, settings.data_dir)
     training, validation = hold_out(splits["train"], settings.held_out, settings.seed,
                                     settings.limit)
     if len(validation) == 0:
         validation = splits[TASKS[settings.task].devs[0]]
         print(f"warning: nothing is held out: {validation.name} selects the epoch and is reported")
-    if not resumes:
+    if not exists:
         start_run(Run(folder, settings, digest(splits["train"]), **kind))
     if WORLD > 1:
         distributed.barrier()
     run, model = load_run(folder, settings.device)
     check_data(run, splits["train"])
     before, now = vars(run.settings), vars(settings)
-    changed = [name for name in now.keys() - FREE if before[name] != now[name]]
+    changed = [name for name in now.keys() - FREE if before.get(name) != now[name]]
     if changed:
-        raise UserError(f"{folder} was started with {changed[0]} = {before[changed[0]]}, not "
-                        f"{now[changed[0]]}: resume with the same settings")
+        raise UserError(f"{folder} was started with {changed[0]} = {before.get(changed[0])}, "
+                        f"not {now[changed[0]]}: resume with the same settings")
     if model.bert.config.hidden_size <= 64:     # so tiny that a second thread gains nothing
         torch.set_num_threads(1)                # (one gives the same sums on every machine)
     tokenizer = load_tokenizer(folder)

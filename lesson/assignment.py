@@ -28,9 +28,9 @@ EXERCISES = (
     ("phase 1", 40, "smartbert.gated_forward smartbert.phase1_loss",
      """test_exercises.test_gated_forward test_exercises.test_full_share
         test_exercises.test_phase1_loss test_smartbert.test_phase1_loss_by_hand
+        test_smartbert.test_rows_in_full_run_every_layer
         test_smartbert.test_phase1_as_in_the_release"""),
-    ("phase 2", 30, "smartbert.phase2_loss", """
-        test_exercises.test_phase2_loss test_smartbert.test_rows_in_full_run_every_layer
+    ("phase 2", 30, "smartbert.phase2_loss", """test_exercises.test_phase2_loss
         test_smartbert.test_phase2_loss_by_hand test_smartbert.test_phase2_as_in_the_release
         test_smartbert.test_phase2s_contrast_differs_only_where_we_say"""),
     ("the cost", 30, "eval.layer_flops eval.auxiliary_flops eval.flops",
@@ -59,7 +59,10 @@ def find(folder, name):
     text = path.read_text(encoding="utf-8")
     body = ast.parse(text, path).body
     for part in parts:
-        [node] = [each for each in body if getattr(each, "name", None) == part]
+        found = [each for each in body if getattr(each, "name", None) == part]
+        if len(found) != 1:
+            raise ValueError(f"{path} must have exactly one {name}")
+        [node] = found
         body = node.body
     return path, text.split("\n"), node.lineno - 1, body[0].end_lineno, node.end_lineno
 
@@ -117,7 +120,7 @@ def main(arguments=sys.argv[1:]):
             parser.error(f"{folder} holds no assignment: make it first, without --solve")
         try:
             solve(folder, number)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, OSError) as error:
             parser.error(f"mend this first, so that the file can be read: {error}")
         print(f"exercise {number} is solved; what stood there is in {folder}/attempts.txt")
 

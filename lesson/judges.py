@@ -214,7 +214,7 @@ def test_infer_one():
         what = f"{rule} (g = {gates}, sure heads {sure}, threshold {threshold}, skip={skip})"
         for yours, right in zip_longest(model.story, story, fillvalue="nothing more"):
             if yours != right:
-                fail(f"{what}: of {asked} you ask '{yours}' where it is '{right}' (g gates, l "
+                fail(f"{what}: of {asked} you ask '{yours}' where '{right}' is due (g gates, l "
                      f"layers, h heads; they read 0, h_0, or 12, what layers 1 and 2 made)")
         if not isinstance(got, tuple) or len(got) != 3:
             fail(f"{what}: return three things: the logits, the layers that ran, the exit")
@@ -377,7 +377,7 @@ def test_gated_forward():
         judge(f"hard={hard}: g_used", gated.g_used, told.used, {
             "these are the gates that mix, after the hard weight": told.soft})
         if not gated.g_used.requires_grad:
-            fail("g_used has no gradient: store what mixes, because the budget learns by it")
+            fail("g_used has no gradient: store what mixes: through it gates learn the budget")
     d = len(smartbert.gated_forward(model, *batch, hard=True, depth=3).outputs)
     judge("the number of layers that depth=3 runs", torch.tensor(d), 3)
     smartbert.gated_forward(model, *batch, hard=True).last.sum().backward()

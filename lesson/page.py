@@ -67,9 +67,10 @@ def commands(run):
     """The commands that made the page; training has the settings that are not the usual ones."""
     settings, script, words = vars(run.settings).copy(), "train.py", []
     out = shlex.quote(run.settings.out)
-    usual = vars(parse(["--task", settings["task"]])) | {"task": "toy", "from_run": None}
-    if settings["lam"] > 0:
-        del settings["budget"]          # train.py takes one of the two
+    usual = vars(parse(["--task", settings["task"], "--recipe", settings["recipe"]]))
+    usual |= {"task": "toy", "recipe": "ours", "from_run": None}
+    if settings["budget"] != usual["budget"]:
+        del settings["lam"]             # train.py takes one of the two
     if settings["method"] not in METHODS:
         script = "results/rivals.py"
     for name, value in settings.items():

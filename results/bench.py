@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bert import load_bert, read_tensors
-from data import (TASKS, collate, encode, load_task, load_tokenizer, one_line_errors, pools,
+from data import (TASKS, UserError, collate, encode, load_task, load_tokenizer, one_line_errors, pools,
                   training_batches, write_text)
 from eval import Point, full_passes, measure_all, seconds
 from smartbert import SmartBert, infer, phase1_loss, phase2_loss
@@ -149,6 +149,8 @@ def bench_training(model, peer, tokenizer, asked):
 def bench_run(folder, asked):
     """Dynamic inference of a trained run."""
     run, model = load_run(folder, asked.device)
+    if not run.gates or not run.exits:
+        raise UserError(f"{folder} has no gates or no exits: name a run of SmartBERT")
     task = TASKS[run.settings.task]
     split = load_task(task.name, asked.data_dir)[task.devs[0]]
     split = encode(load_tokenizer(run.folder), split, run.settings.max_length)

@@ -26,7 +26,7 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from eval import NOTHING, Point, apply_exits, choose, measure, report
 from smartbert import Outcome, entropy, infer_pools
 from study import at_cost
-from train import DEVICES, autocast, check_data, load_run, within
+from train import DEVICES, autocast, check_data, load_run
 
 
 # --- The criteria -------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def measure_patience(model, split, task, full, points):
     return results
 
 
-def evaluate(run, model, splits, speedup):
+def evaluate(run, model, splits):
     """Choose the patience on held-out data; then measure, store and print each dev set."""
     settings, task = run.settings, TASKS[run.settings.task]
     plain, stars, held_out = Point("plain"), [], {}
@@ -148,7 +148,7 @@ def evaluate(run, model, splits, speedup):
         held, full = full_pass(run, model, held)
         held_out = measure_patience(model, held, task, full, [plain, *exits])
         tried = {point: held_out[point] for point in exits}
-        stars = choose(tried, held_out[plain], speedup)
+        stars = choose(tried, held_out[plain], None)
     points = [plain] + [point for point in exits if point not in stars] + stars
     for name in task.devs:
         split, full = full_pass(run, model, splits[name])
@@ -174,7 +174,6 @@ def main(arguments=sys.argv[1:]):
     add = parser.add_argument
     add("run", help="the folder of a run with exits")
     add("--criterion", choices=["patience"], help="evaluate the run by it; default: compare all")
-    add("--target-speedup", type=within(float, 1, 1e9), metavar="X", help="as in eval.py")
     add("--data-dir", help="folder with GLUE's files, if they have moved")
     add("--device", default=DEVICES[0], choices=DEVICES, help="where to run")
     asked = parser.parse_args(arguments)
@@ -184,13 +183,15 @@ def main(arguments=sys.argv[1:]):
             run.settings.data_dir = asked.data_dir
         if not run.exits or not run.finished:
             raise UserError(f"{run.folder} is not finished, or has no exit heads: name another")
+        if asked.criterion not in (None, run.criterion):
+            raise UserError(f"{run.folder} was trained for {run.criterion}: leave --criterion out")
         with autocast(run.settings):
             splits = load_task(run.settings.task, run.settings.data_dir)
             check_data(run, splits["train"])
             if asked.criterion is None:
                 compare_on_dev(run, model, splits)
             else:
-                evaluate(run, model, splits, asked.target_speedup)
+                evaluate(run, model, splits)
 
 
 if __name__ == "__main__":

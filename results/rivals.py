@@ -151,8 +151,9 @@ def train(settings):
 
 def parse_all(arguments):
     """train.py's settings, and from_run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--from-run")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-run", metavar="RUN", help="a finished BERT")
     own, others = parser.parse_known_args(arguments)
     settings = parse(others, methods=tuple(LOSSES))
     settings.from_run = own.from_run

@@ -93,8 +93,8 @@ def main(arguments=sys.argv[1:]):
     add("--data-dir", required=True, help="GLUE's folder")
     add("--runs", default="runs/study", type=Path, help="where runs and logs are kept")
     add("--only", default="*", help="names of runs, such as 'sst2*'")
-    add("--jobs", default=2, type=int, help="runs at once, of one thread each")
-    add("--check", choices=COMMANDS, metavar="NAME", help="within two deviations, made again?")
+    add("--jobs", default=2, type=int, choices=range(1, 9), help="runs at once, one thread each")
+    add("--check", choices=COMMANDS, metavar="NAME", help="make it once more, and compare")
     asked = parser.parse_args(arguments)
     asked.runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -23,6 +23,7 @@ import train
 from bert import Bert, BertConfig, name_table
 from smartbert import SmartBert
 
+train.DEVICES[:] = ["cpu"]  # whatever this machine has
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 

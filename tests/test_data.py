@@ -114,7 +114,7 @@ def test_rows_of_another_width_or_without_a_gold_label_are_left_out(tmp_path, ca
     assert train.texts == [('"a" b', "b"), ("c", "d")] and train.labels == [0, 1]
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "train.tsv: left out 6 rows without 4 fields" in warning
-    assert "2 of them hold a quotation mark" in warning
+    assert "such as '1\\ta\\tno label': fields can't be quoted" in warning
     rte(tmp_path, RTE + "0\ta\tb\tc\tentailment\n")
     fails(lambda: data.load_task("rte", tmp_path), "train.tsv", "no examples")
 
@@ -424,8 +424,10 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
 
 @pytest.mark.parametrize("error, words", [
     (UserError("mend it"), "mend it"), (FileNotFoundError(2, "No such file", "x.tsv"), "x.tsv"),
-    (RuntimeError("CUDA out of memory.\nTried"), "lower --batch-size or --max-length: "),
-    (RuntimeError("shapes"), None), (KeyError("x"), None)])
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "lower --batch-size or --max-length: "),
+    (pytest.raises(RuntimeError, torch.empty, 1 << 50).value, "lower --batch-size"),
+    (MemoryError("Unable to allocate 8 PiB"), "8 PiB"), (MemoryError(), "lower --batch-size"),
+    (zipfile.BadZipFile("no zip"), "no zip"), (RuntimeError("shapes"), None), (KeyError(), None)])
 def test_what_the_user_can_mend_is_said_in_one_line(refused, error, words):
     def script(arguments):
         with data.one_line_errors("x.py"):
@@ -441,8 +443,9 @@ def test_what_the_user_can_mend_is_said_in_one_line(refused, error, words):
 
 
 def test_files_that_may_not_be_read(tmp_path, weights_refused, lock):
-    for old, name in ((True, "vocab.txt"), (False, "tokenizer.json")):
-        path = save_tiny_weights(tmp_path / f"tiny {old}", old) / name
+    for old, name in ((True, "vocab.txt"), (False, "tokenizer.json"), (False, "config.json"),
+                      (False, "model.safetensors"), (True, "pytorch_model.bin")):
+        path = save_tiny_weights(tmp_path / name, old) / name
         lock(path)
         weights_refused(path.parent, "Permission denied", str(path))
     lock(tmp_path / "train.tsv")

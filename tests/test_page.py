@@ -183,7 +183,8 @@ def test_a_large_dev_set_is_a_sample(tmp_path, show, monkeypatch):
 
 def test_the_commands_give_the_settings_again(tmp_path):
     for flags in ("", "--budget 0.7 --bf16", "--recipe release", "--method exits --eta1 0",
-                  "--recipe release --budget 0.6 --out 'my run'", "--method pabee --from-run b"):
+                  "--recipe release --budget 0.5 --epochs1 8 --out 'my run'", "--lam 0.1",
+                  "--recipe release --lam 0", "--method pabee --from-run b"):
         parse = rivals.parse_all if "pabee" in flags else train.parse
         settings = parse(["--task", "cola", *shlex.split(flags)])
         command, then, _ = script.commands(train.Run(tmp_path, settings, "", True, True))

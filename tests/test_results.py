@@ -98,6 +98,7 @@ def test_runs_from_a_finished_bert(tmp_path, runs, refused):
     for folder, seed, words in (bert, 51, "seed = 50"), (tmp_path / "half", 50, "not a finished"):
         refused(rivals.main, [*flags, tmp_path / "x", "--from-run", folder, "--seed", seed], words)
         assert not (tmp_path / "x").exists()
+    refused(criteria.main, [tmp_path / "half", "--criterion", "patience"], "trained for entropy")
 
 
 def test_a_stopped_run_goes_on_the_same_way(tmp_path, monkeypatch, runs):
@@ -202,10 +203,6 @@ def test_pabee_by_loops(runs, refused):
     assert [row["threshold"] for row in rows if row["chosen"]] == good
     points = {point["threshold"]: (point["score"], point["flops"]) for point in result["curve"]}
     assert points == {row["threshold"]: (row["score"], row["flops"]) for row in rows[1:]}
-    cheap = [times for times in (1, 2, 3, 4, 5) if expected["held-out", times][2] <= 1 / 1.2]
-    criteria.main([str(pabee), "--criterion", "patience", "--target-speedup", "1.2"])
-    rows = json.loads((pabee / "eval.json").read_text())["rows"]
-    assert 1 < len(cheap) < 5 and [row["threshold"] for row in rows if row["chosen"]] == cheap[-1:]
     criteria.main([str(pabee), "--device", "cpu"])
     refused(criteria.main, [runs / "bert"], "no exit heads")
 
@@ -315,6 +312,7 @@ def test_ceiling(tmp_path, runs, refused):
     for name, skip in ("gates", True), ("plain", False):
         answers = infer(model, *batch.inputs, skip=skip).logits.argmax(1)
         assert found[name] == pytest.approx((answers == batch.labels).float().mean().item())
+    assert found["patterns"] > 1 and found["shuffled_spread"] > 0
     assert len(found["greedy_layers"]) == found["depth"] == round(found["layers"])
     dev = dev.select(range(99))
     without = [ceiling.score_of(model, dev, TASKS["toy"], ceiling.one_path(every - {i}, 99, 6))

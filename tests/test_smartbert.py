@@ -176,21 +176,14 @@ def test_phase2_loss_by_hand():
 
 @torch.no_grad()
 def test_rows_in_full_run_every_layer():
-    """With a share of .5 some of 64 rows, each in all layers or in none; with a share of 1 both
-    phases compute what plain BERT does, but the budget still counts the gates."""
-    model, batch, labels = tiny_model(), tiny_batch(rows=64), torch.arange(64) % 3
+    """With a share of .5 some of 64 rows, each in all layers or in none."""
+    model, batch = tiny_model(), tiny_batch(rows=64)
     hiddens, mask = model.bert(*batch)[1:], batch[2]
     torch.manual_seed(0)
     h, gated = (gated_forward(model, *batch, hard=True, full_share=s).last for s in (0.5, 0.0))
     near = [[(h[r][mask[r]] - other[r][mask[r]]).abs().max() < 1e-4 for r in range(64)]
             for other in (hiddens[-1], gated)]
     assert all(a or b for a, b in zip(*near)) and 16 < sum(near[0]) < 64 and 16 < sum(near[1]) < 64
-    *tasks, last = [F.cross_entropy(head(h, mask)[0], labels)
-                    for head, h in zip(model.heads, hiddens)]
-    parts = phase1_loss(model, *batch, labels, hard=True, full_share=1.0)
-    assert parts["run"].min() < 1
-    heads = phase2_loss(model, *batch, labels, full_share=1.0)["task"]
-    close((parts["task"], heads), (last, sum(tasks)))
 
 
 # --- Dynamic inference --------------------------------------------------------------------------

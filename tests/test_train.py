@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +19,15 @@ from conftest import save_tiny_weights, tiny_batch
 from torch import nn
 
 import data
+import eval as evaluation
 import train
 from bert import Bert, BertConfig, Embeddings, load_bert
 from smartbert import SmartBert, infer_one, phase1_loss, phase2_loss
 
 ROOT = Path(train.__file__).parent
 # Of processes; a RANK that is left over, without a WORLD_SIZE, means nothing.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": "1",
+                            "PYTHONWARNINGS": "ignore"}
 FLAGS = train.make_parser(train.METHODS)._actions[1:]       # without --help
 # 4 steps an epoch; the first is the best.
 SMALL = "--limit 109 --budget 1 --epochs1 3 --epochs2 4 --seed 52 --device cpu".split()
@@ -76,10 +77,11 @@ def fails_in_call(number: int, function, error):
     return call
 
 
-def process(arguments, stdout=subprocess.PIPE) -> subprocess.Popen:
-    """train.py as a process of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], env=ENVIRONMENT,
-                            stdout=stdout, stderr=subprocess.PIPE, text=True)
+def process(arguments, *script, stdout=subprocess.PIPE) -> subprocess.Popen:
+    """train.py, or another script, as a process of its own."""
+    command = [sys.executable, *(script or [ROOT / "train.py"]), *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=stdout, stderr=subprocess.PIPE,
+                            text=True)
 
 
 @pytest.fixture(scope="module")
@@ -279,10 +281,16 @@ def by_hand(arguments, world: int = 1) -> dict:
     ("--warmup 0.3 --lam 0.04 --soft-epochs 1 --lr-new 0.002", [1, 1, 1, 2, 2]),
     ("--full-share 1 --gate-bias 1 --eta1 0.2 --eta2 0.2 --epochs2 1", [1, 1, 1, 2]),
     ("--method exits --warmup 0.3", [1, 1, 1, 2, 2]),
-    ("--method bert --warmup 0.4 --batch-size 1 --epochs1 1 --lr-new 0.002", [1])])
-def test_training_by_hand(tmp_path, more, phases):
-    """Both phases and the baseline end at the weights of `by_hand`."""
-    run = stored(trained([*HAND, *more.split()], tmp_path / "run"))
+    ("--method bert --warmup 0.4 --batch-size 1 --epochs1 2 --lr-new 0.002", [1, 1])])
+def test_training_by_hand(tmp_path, monkeypatch, more, phases):
+    """Both phases and the baseline end at the weights of `by_hand`, stopped or not; on one thread,
+    because sums of several differ."""
+    torch.set_num_threads(2)
+    with monkeypatch.context() as patch, pytest.raises(EOFError):       # in the second epoch
+        patch.setattr(train, "end_epoch", fails_in_call(2, train.end_epoch, EOFError()))
+        trained([*HAND, *more.split()], tmp_path / "run")
+    assert torch.get_num_threads() == 1
+    run = stored(trained([*HAND, *more.split(), "--resume"], tmp_path / "run"))
     torch.testing.assert_close(run["weights"], by_hand([*HAND, *more.split()]), rtol=0, atol=1e-6)
     assert [entry["phase"] for entry in run["log"]] == phases and run["finished"]
     assert run["gates"] == ("--method" not in more) and run["exits"] == (2 in phases)
@@ -363,17 +371,20 @@ def test_the_log_holds_means_and_what_was_judged(seen):
 
 def test_dropout_acts_on_what_is_trained(tmp_path, monkeypatch):
     """On encoder, gates and last head, and in phase 2 on the heads before it alone."""
+    seeds = set()
     (*inputs, mask), h, update, steady = tiny_batch(), torch.randn(9, 13, 8), train.update, []
     def noting(model, *more):
         parts = (lambda: model.bert(*inputs, mask)[-1], lambda: model.gates[0](h, mask),
                  lambda: model.heads[-1](h, mask)[0], lambda: model.heads[0](h, mask)[0])
         steady.append(tuple(torch.equal(part(), part()) for part in parts))
+        seeds.add(torch.initial_seed())
         return update(model, *more)
     monkeypatch.setattr(train, "update", noting)
     arguments = [*sentences(tmp_path), *"--epochs1 2 --epochs2 2 --lr 0".split()]
     trained([*arguments, "--method", "bert"], tmp_path / "bert")
     end = stored(trained(arguments, tmp_path / "run"))["weights"]
     assert steady == [(False, False, False, False)] * 8 + [(True, True, True, False)] * 4
+    assert len(seeds) == 4      # of each epoch its own; the baseline's are phase 1's
     for name, value in load_bert(tmp_path / "weights").state_dict().items():
         assert torch.equal(end[f"bert.{name}"], value), name    # at rate 0: what the folder holds
 
@@ -391,7 +402,8 @@ def test_dev_chooses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("line, gated", [
-    ("--gates-from 0 --full-from 0.5", True), ("--gates-from 0.3 --full-from 0.9", True),
+    ("--gates-from 0 --full-from 0.5", True),
+    ("--gates-from 0.3 --full-from 0.6666666666666666", True),
     ("--gates-from 0.5 --full-from 0.2", True), ("--gates-from 0.5 --lam 0.1", True),
     ("--gates-from 0 --lam 0.1 --soft-epochs 1", True), ("--full-from 0.9 --soft-epochs 2", True),
     ("--full-from 0.4 --soft-epochs 3", True), ("--full-from 0.4", False)])
@@ -399,7 +411,7 @@ def test_which_epoch_is_kept(line, gated):
     """All runs of three epochs with two scores and three numbers of layers, the middle one just
     within a tenth of the budget, against `kept`."""
     settings = train.parse(["--task", "mrpc", "--epochs1", "3", *line.split()])
-    for epochs in itertools.product(itertools.product((0.7, 0.8), (2, 2.2, 4)), repeat=3):
+    for epochs in itertools.product(itertools.product((0.7, 0.8), (2, 2.2, 2.3)), repeat=3):
         weight = torch.zeros(1)
         model = SimpleNamespace(gates=[None] * 4, state_dict=lambda: {"epoch": weight})
         run = train.Run(Path("x"), settings, "", gates=gated, exits=True)
@@ -416,11 +428,14 @@ def test_bfloat16_and_nothing_held_out(tmp_path, monkeypatch, capsys, more):
     """The model computes in it, the weights are stored in fp32; dev judges, and that is said."""
     forward, seen = Embeddings.forward, []
     def noting(*inputs):
-        seen.append(torch.is_autocast_enabled("cpu"))
+        seen.append(torch.mm(torch.eye(2), torch.eye(2)).dtype)
         return forward(*inputs)
     monkeypatch.setattr(Embeddings, "forward", noting)
     run = stored(trained([*QUICK, "--bf16", *more.split()], tmp_path / "run"))
-    assert seen and all(seen)
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
+    assert set(seen) == {torch.bfloat16}
     assert {value.dtype for value in run["weights"].values()} == {torch.float32}
     assert "warning: nothing is held out: dev selects" in capsys.readouterr().out
     assert all(entry["dev"].keys() == {"accuracy", "layers"} for entry in run["log"])
@@ -474,6 +489,8 @@ def test_what_a_crash_leaves_is_ours(tmp_path, refused):
     for content in (run / "model.pt").read_bytes(), b"", b"half a model":
         (run / "model.pt").write_bytes(content)
         refused(train.main, [*QUICK, "--resume", "--out", run], "model.pt", "version")
+    torch.save({"run": Path("x")}, run / "model.pt")        # a class is not read, but refused
+    refused(train.main, [*QUICK, "--resume", "--out", run], "UnpicklingError")
     assert (run / "run.json").read_text() == start
     assert stored(trained([*QUICK, "--overwrite"], run))["finished"]
 
@@ -512,22 +529,28 @@ def test_a_run_stopped_in_every_epoch(whole, tmp_path, monkeypatch):
     assert readable(folder)["log"] == readable(whole)["log"]
 
 
+KILLED = """
+import os, sys, train
+left, real = int(sys.argv.pop()), os.fsync
+def fsync(file):
+    global left
+    left -= 1
+    os.kill(os.getpid(), 9) if left == 0 else real(file)
+os.fsync = fsync
+train.main(sys.argv[1:])
+"""
+
+
 def test_kill_9(whole, tmp_path):
-    """Of real processes, three times while model.pt is being written, in either phase. What is
-    there is whole, and the run goes on to the same weights."""
-    folder, epochs = tmp_path / "run", 0
-    for _ in range(3):
-        going = process([*SMALL, "--resume", "--out", folder])
-        going.stdout.readline()             # an epoch more is stored
-        while going.poll() is None and not list(folder.glob("model.pt.*.tmp")):
-            time.sleep(0.0005)
-        going.kill()
+    """Of real processes: while model.pt is being written, run.json, and model.pt in phase 2. What
+    is there is whole, and the run goes on to the same weights."""
+    folder = tmp_path / "run"
+    for written, epochs, shown in (6, 1, 1), (2, 2, 1), (5, 4, 4):
+        going = process([*SMALL, "--resume", "--out", folder, str(written)], "-c", KILLED)
         assert going.wait() == -signal.SIGKILL
         run = train.load_run(folder, "cpu")[0]
-        assert len(run.log) > epochs and len(run.log) - len(readable(folder)["log"]) in (0, 1)
-        epochs = len(run.log)
-        assert not run.finished and run.log == stored(whole)["log"][:len(run.log)]
-    (folder / "model.pt.1.tmp").write_bytes(b"half a model")
+        assert not run.finished and run.log == stored(whole)["log"][:epochs]
+        assert len(readable(folder)["log"]) == shown and len(list(folder.glob("*.tmp"))) > 0
     trained([*SMALL, "--resume"], folder)
     assert not moved(stored(folder)["weights"], stored(whole)["weights"])
     assert readable(folder)["log"] == readable(whole)["log"]
@@ -535,17 +558,6 @@ def test_kill_9(whole, tmp_path):
 
 
 # --- What goes wrong on the way -----------------------------------------------------------------
-
-@pytest.mark.parametrize("error, words", [
-    (pytest.raises(RuntimeError, torch.empty, 1 << 50).value, ["--batch-size", "memory"]),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), ["--batch-size"]),
-    (MemoryError(), ["--batch-size"]), (MemoryError("Unable to allocate 8 PiB"), ["8 PiB"])])
-def test_memory_runs_out(tmp_path, monkeypatch, refused, error, words):
-    """In the second epoch: one line; the first is stored."""
-    monkeypatch.setattr(train, "update", fails_in_call(5, train.update, error))
-    refused(train.main, [*STEPS, "--out", "run"], *words)
-    assert len(stored("run")["log"]) == len(readable("run")["log"]) == 1
-
 
 def test_training_that_diverges(tmp_path, monkeypatch, refused):
     """One line, and what was stored before stays; nothing that is not a number is stored."""
@@ -573,7 +585,7 @@ def test_a_full_disk(tmp_path, monkeypatch, refused, call, name):
 def test_a_full_disk_behind_stdout(tmp_path):
     """One line; what could not be printed is stored."""
     with open("/dev/full", "w") as full:
-        going = process([*STEPS, "--out", tmp_path / "run"], full)
+        going = process([*STEPS, "--out", tmp_path / "run"], stdout=full)
         error = going.communicate()[1]
     assert going.returncode == 2 and len(error.splitlines()) == 1 and "No space left" in error
     assert len(readable(tmp_path / "run")["log"]) == 1
