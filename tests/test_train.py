@@ -302,7 +302,8 @@ def test_training_by_hand(tmp_path, monkeypatch, more, phases):
     ("--gates-from 0.5 --full-from 0.75 --budget 0.5",
      [(0, 1)] * 6 + [(0, pytest.approx(0.8)), (0, pytest.approx(0.6)), (0, 0.5), (0, 0.5)]),
     ("--gates-from 0.7 --full-from 0.2 --budget 0.25", [(0, 1)] * 8 + [(0, 0.25)] * 2),
-    ("--recipe release --budget 0.25", [(0, 1)] + [(0, 0.25)] * 9)])
+    ("--recipe release --budget 0.25", [(0, 1)] + [(0, 0.25)] * 9),
+    ("--recipe release --budget 1", [(0, 1)] * 10)])
 def test_the_penalty_at_ten_points(line, expected):
     """lambda holds at once; without gates nothing is penalised; a budget that should be met before
     the gates learn holds one step after they begin."""
