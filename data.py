@@ -382,7 +382,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if start not in (MADE_BY, ""):                      # an empty one is left by a crash
         raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
     if resume and (folder / "model.pt").is_file():
-        for path in folder.glob("*.*.tmp"):      # left by a kill
+        for path in folder.glob("*.*.tmp"):            # left by a kill
             path.unlink()
         return True
     if not overwrite:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bert import load_bert, read_tensors
-from data import (TASKS, UserError, collate, encode, load_task, load_tokenizer, one_line_errors, pools,
-                  training_batches, write_text)
+from data import (TASKS, UserError, collate, encode, load_task, load_tokenizer, one_line_errors,
+                  pools, training_batches, write_text)
 from eval import Point, full_passes, measure_all, seconds
 from smartbert import SmartBert, infer, phase1_loss, phase2_loss
 from train import DEVICES, load_run
