@@ -7,16 +7,16 @@ section 3), without a pooler. Each layer can be run alone, on any subset of the 
     hiddens = bert(ids, segment_ids, mask)          # [h_0, h_1, ..., h_L], each (B, S, H)
 
 Dimensions: B rows (examples), S tokens, H hidden size, I intermediate size (usually 4H),
-A attention heads, D = H / A, L layers.
+A attention heads (n_heads), D = H / A, L layers.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -40,7 +40,7 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and segment embedding of each token, normalised."""
+    """The sum of a token's word, position and segment embeddings, normalised."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -57,18 +57,19 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(h))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None,
-           dropout: float) -> Tensor:
-    """Multi-head attention from T tokens to S tokens. q is (B, T, H), k and v are (B, S, H), and
-    mask is (B, S) or None. Returns (B, T, H)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None, dropout: float,
+           training: bool) -> Tensor:
+    """Attention of T queries over S tokens in several heads. q is (B, T, H), k and v (B, S, H).
+    mask (B, S) is True at real tokens; None means that all are. Returns (B, T, H)."""
     B, T, H = q.shape
-    D = H // n_heads                                                        # A is n_heads
+    D = H // n_heads
     q = q.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, T, D)
     k = k.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
     v = v.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
-    if mask is not None:
-        mask = mask[:, None, None, :]                                       # (B, 1, 1, S)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if mask is not None:        # attention without a mask is faster, so use none without padding
+        mask = None if mask.all() else mask[:, None, None, :]               # (B, 1, 1, S)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                       dropout_p=dropout if training else 0.0)
     return a.transpose(1, 2).reshape(B, T, H)                               # heads side by side
 
 
@@ -90,10 +91,9 @@ class Layer(nn.Module):
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H); mask (B, S), True at real tokens, or None when all are -> (B, S, H)."""
-        dropout = self.attention_dropout if self.training else 0.0
         # Attention: softmax(q k^T / sqrt(D)) v in every head, where no token sees the padding.
         q, k, v = self.qkv(h).chunk(3, dim=2)                               # each (B, S, H)
-        a = attend(q, k, v, self.n_heads, mask, dropout)                    # (B, S, H)
+        a = attend(q, k, v, self.n_heads, mask, self.attention_dropout, self.training)  # (B, S, H)
         h = self.norm1(h + self.dropout(self.out(a)))
         # Feed-forward network.
         f = self.down(F.gelu(self.up(h)))                                   # (B, S, H)
@@ -120,15 +120,9 @@ class Bert(nn.Module):
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> list[Tensor]:
         """ids, segment_ids (B, S); mask (B, S), True at real tokens -> h_0 .. h_L, (B, S, H)."""
         hiddens = [self.embeddings(ids, segment_ids)]
-        mask = mask_or_none(mask)
         for layer in self.layers:
             hiddens.append(layer(hiddens[-1], mask))
         return hiddens
-
-
-def mask_or_none(mask: Tensor) -> Tensor | None:
-    """None for a batch without padding: attention without a mask is faster."""
-    return None if mask.all() else mask
 
 
 # --- Weights from a folder ----------------------------------------------------------------------
@@ -149,7 +143,7 @@ EMBEDDING_NAMES = {
     "embeddings.norm.weight": ["embeddings.LayerNorm.weight"],
     "embeddings.norm.bias": ["embeddings.LayerNorm.bias"],
 }
-# Our parts of a layer -> theirs. Our qkv is their query, key and value, one below the other.
+# Our parts of a layer -> theirs. Our qkv is their query, key and value, stacked.
 LAYER_NAMES = {
     "qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
     "out": ["attention.output.dense"],
@@ -164,7 +158,7 @@ IGNORED = ("pooler.", "cls.", "classifier.", "qa_outputs.", "dropout.", "embeddi
 
 
 def name_table(config: BertConfig) -> dict[str, list[str]]:
-    """Our parameter's name -> the file's names of its parts, one below the other."""
+    """Our parameter's name -> the file's names of its parts, which are stacked."""
     table = dict(EMBEDDING_NAMES)
     for i in range(config.num_hidden_layers):
         for ours, parts in LAYER_NAMES.items():
@@ -203,17 +197,12 @@ def read_config(path: Path) -> BertConfig:
         if values.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {values[name]!r}, but this code supports only "
                              f"{value!r}: use other weights")
-    known = vars(BertConfig()).keys() & values
-    return BertConfig(**{name: values[name] for name in known})
+    return BertConfig(**{name: values[name] for name in vars(BertConfig()) if name in values})
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors or, where there is none, of pytorch_model.bin, which is
-    read without running code that it may contain."""
+    """The tensors of model.safetensors or else of pytorch_model.bin, without running its code."""
     path = folder / "model.safetensors"
-    if not path.is_file():
-        path = folder / "pytorch_model.bin"
-    path.open("rb").close()     # raises OSError; safetensors calls an unreadable file missing
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if path.is_file():
+        return safetensors.torch.load(path.read_bytes())
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)

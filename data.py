@@ -1,4 +1,4 @@
-"""GLUE's examples and the toy's, as tokens in batches; metrics; at the end files and downloads.
+"""GLUE's and the toy's examples as batches of tokens; metrics; at the end files and downloads.
 
     splits = load_task("rte", data_dir="~/glue")                # {"train": Split, "dev": Split}
     tokenizer = load_tokenizer(Path("path/to/bert-base-uncased"))
@@ -6,7 +6,7 @@
     for rows in training_batches(split, size=32, seed=1):
         batch = collate(split, rows)
 
-The eight tasks of GLUE (Wang et al., 2019) are the paper's; "toy" needs no file.
+The paper uses eight of GLUE's nine tasks (Wang et al., 2019); "toy" needs no file.
 Dimensions: N examples of a split, B of a batch, S tokens of the longest example in a batch.
 """
 
@@ -18,7 +18,7 @@ import os
 import random
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """An error that the user can mend; the message is one line: what is wrong and what to do."""
+    """An error that the user can fix; the message is one line: what is wrong and what to do."""
 
 
 # --- The tasks and their metrics ----------------------------------------------------------------
@@ -142,8 +142,8 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
             left_out.append(line)
             continue
         if row[label] not in task.labels:
-            raise UserError(f"{path}, example {number}: label {row[label]!r:.60} is none of "
-                            f"{', '.join(task.labels)}")
+            raise UserError(f"{path}, example {number}: label {row[label]!r:.60} is not one "
+                            f"of {', '.join(task.labels)}")
         texts.append((row[text], row.get(second)))
         labels.append(task.labels.index(row[label]))
     if left_out:
@@ -156,10 +156,11 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
-    """(training part, held-out part) of the first `limit` examples, both in their order. A share
-    (0..1) of each class is drawn at random, about 2000 rows at most: more are no better."""
-    rng, held, split = random.Random(seed), set(), split.select(range(len(split))[:limit])
+    """(training part, held-out part) of the first `limit` examples, in the original order. A share
+    (0..1) of each class is drawn at random, about 2000 rows at most."""
+    split = split.select(range(len(split))[:limit])
     share = min(share, 2000 / len(split))
+    rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
         held.update(rng.sample(members, round(share * len(members))))
@@ -184,8 +185,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | BertWordPieceTokenizer:
     empty = tokenizer.encode("", "")
     if list(zip(empty.tokens, empty.type_ids)) != [("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1)]:
         raise UserError(f"the tokenizer in {folder} is not BERT's: an empty pair becomes "
-                        f"{empty.tokens} with segments {empty.type_ids}, not [CLS] [SEP] [SEP] "
-                        f"with 0 0 1")
+                        f"{empty.tokens} with segments {empty.type_ids}")
     return tokenizer
 
 
@@ -231,12 +231,10 @@ def collate(split: Split, rows: list[int], device: str = "cpu") -> Batch:
 def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
     """One epoch's batches, as positions of examples. The examples are shuffled, then sorted by
     length within chunks of 50 batches to save padding. Finally the batches are shuffled."""
-    lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
     rng, chunk, made = np.random.default_rng(seed), 50 * size, []
-    order = rng.permutation(len(split))
+    order = rng.permutation(len(split)).tolist()
     for start in range(0, len(order), chunk):
-        rows = order[start:start + chunk]
-        rows = rows[lengths[rows].argsort(kind="stable")].tolist()
+        rows = sorted(order[start:start + chunk], key=lambda i: len(split.ids[i]))
         made += [rows[i:i + size] for i in range(0, len(rows), size)]
     return [made[i] for i in rng.permutation(len(made))]
 
@@ -245,8 +243,7 @@ def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]
     """Sort the split by length and cut it into batches of about the same size. There are as few
     batches as possible with at most `largest` examples each."""
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
-    lengths = np.array([len(ids) for ids in split.ids])                                 # (N,)
-    order = lengths.argsort(kind="stable").tolist()
+    order = sorted(range(len(split)), key=lambda i: len(split.ids[i]))
     return [collate(split, order[i:i + size], device) for i in range(0, len(order), size)]
 
 
@@ -269,14 +266,14 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
     Level k has k swaps: "king coin b" -> b, "king coin b ab" -> a, "king coin b ab ac" -> c.
 
     What a swap does depends on where the thing is by then. So more swaps are harder, and no sum of
-    word scores tells the answer. Labels are equally frequent, and so are the dev set's levels;
+    word scores is enough. Labels are equally frequent, and so are the dev set's levels;
     half of the training sentences have level 2, which is learned last."""
     rng, splits, seen = random.Random(seed), {}, set()
     for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
         split = splits[name] = Split(name, [], [])
         while len(split) < size:
-            label, level = len(split) % 3, levels[len(split) // 3 % len(levels)]
-            swaps, cup = rng.choices(SWAPS, k=level), CUPS[label]
+            turn, label = divmod(len(split), 3)         # a turn has each label once, at one level
+            swaps, cup = rng.choices(SWAPS, k=levels[turn % len(levels)]), CUPS[label]
             for swap in reversed(swaps):                # back to where the thing was hidden
                 if cup in swap:
                     cup = swap.replace(cup, "")
@@ -285,7 +282,7 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
                 seen.add(text)
                 split.texts.append((text, None))
                 split.labels.append(label)
-                split.levels.append(level)
+                split.levels.append(len(swaps))
     return splits
 
 
@@ -313,7 +310,7 @@ def split_lines(content: bytes, source: str | Path) -> list[str]:
 
 
 def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece over vocab.txt, a token a line; like transformers it makes lower-case of
+    """BERT's WordPiece over vocab.txt, a token a line; like transformers it lower-cases
     texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
@@ -322,14 +319,17 @@ def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
     stated = {}
     for file in (path.with_name("config.json"), *sorted(path.parent.glob("*token*.json"))):
         values = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: value for name, value in values.items() if value is not None}
         stated |= values
-        added = [token["content"] for token in values.get("added_tokens_decoder", {}).values()]
-        added += values.get("additional_special_tokens", [])
-        if file.name == "added_tokens.json":
-            added += values
-        added = [token for token in added if token not in SPECIAL]
-        if added:
-            raise UserError(f"{file} adds the token {added[0]!r}: {advice}")
+        added = list(values) if file.name == "added_tokens.json" else []
+        for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            more = values.get(name, [])
+            added += more.values() if isinstance(more, dict) else more
+        for token in added:
+            if isinstance(token, dict):
+                token = token["content"]
+            if token not in SPECIAL:
+                raise UserError(f"{file} adds the token {token!r}: {advice}")
     kind, unknown = str(stated.get("tokenizer_class")), str(stated.get("unk_token", "[UNK]"))
     if kind not in ("None", "BertTokenizer", "BertTokenizerFast") or "[UNK]" not in unknown:
         raise UserError(f"{path} is of a {kind} with {unknown} for unknown words: {advice}")
@@ -345,8 +345,8 @@ def digest(split: Split) -> str:
     return hashlib.sha256(examples.encode()).hexdigest()
 
 
-def atomic_write(path: Path, save: Callable) -> None:
-    """Write a file whole or not at all: save(file) writes one beside it, which takes its name."""
+def atomic_write(path: Path, save) -> None:
+    """Write a file whole or not at all: save(file) fills a temporary one; then it is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -368,8 +368,9 @@ def write_text(path: Path, text: str) -> None:
 
 MADE_BY = '{"made_by": "SmartBERT, version 7"'      # run.json's beginning marks a folder as ours
 # A run's files in the order in which they are deleted: run.json, which marks them, is last.
-OURS = ("model.pt", "*.*.tmp", "tokenizer.json", "eval*.json", "page.html", "score.png",
-        "criteria.png", "layers.png", "examples.png", "training.png", "run.json")
+OURS = ("model.pt", "*.[0-9]*.tmp", "tokenizer.json", "eval.json", "eval-dev_mismatched.json",
+        "page.html", "score.png", "criteria.png", "layers.png", "examples.png", "training.png",
+        "run.json")
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
@@ -380,9 +381,9 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if (folder / "run.json").is_file():
         start = (folder / "run.json").read_text(errors="replace")[:len(MADE_BY)]
     if start not in (MADE_BY, ""):                      # an empty one is left by a crash
-        raise UserError(f"--out {folder} is not empty, and no run of this version: name another")
+        raise UserError(f"--out {folder} is not empty, nor a run of this version: name another")
     if resume and (folder / "model.pt").is_file():
-        for path in folder.glob("*.*.tmp"):            # left by a kill
+        for path in folder.glob("*.[0-9]*.tmp"):        # left by a kill
             path.unlink()
         return True
     if not overwrite:
@@ -392,7 +393,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Make a run's folder, without the files of a former run. Of two runs, one is refused."""
+    """Make a run's folder, without a former run's files. If two runs start, one is refused."""
     if overwrite:
         for pattern in OURS:
             for path in folder.glob(pattern):
@@ -403,7 +404,7 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
 
 
 def download(url: str) -> bytes:
-    """What is at url, with a progress bar where stderr is a terminal."""
+    """Download url; show a progress bar if stderr is a terminal."""
     try:
         with requests.get(url, stream=True, timeout=30) as answer:
             answer.raise_for_status()
@@ -442,12 +443,12 @@ def split_mrpc() -> dict[str, bytes]:
 
 
 def fetch_weights(name: str) -> Path:
-    """A folder with BERT's weights. name: a folder, or a name on the hub, whose own library
-    downloads it into its cache. Raises UserError."""
+    """A folder with BERT's weights. name: a folder, or a name on the hub, which huggingface_hub
+    downloads and caches. Raises UserError."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download, utils        # here: it takes half a second
+    from huggingface_hub import snapshot_download, utils        # a slow import
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
     files = ["*.json", "vocab.txt", "model.safetensors"]
@@ -474,7 +475,7 @@ def in_words(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Around a script's work: what the user can mend ends it with one line and status 2."""
+    """Around a script's work: what the user can fix ends it with one line and status 2."""
     try:
         yield
         return
@@ -483,6 +484,6 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if "memory" not in in_words(error).lower():
             raise
-        reason = f"to train, lower --batch-size or --max-length: {in_words(error)}"
+        reason = f"in training, lower --batch-size or --max-length: {in_words(error)}"
     print(f"{program}: {reason}", file=sys.stderr)
     sys.exit(2)

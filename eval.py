@@ -32,13 +32,13 @@ from data import (TASKS, UserError, encode, hold_out, load_task, load_tokenizer,
 from smartbert import ExitHead, Gate, Outcome, SmartBert, entropy, infer, infer_pools
 from train import DEVICES, FREE, autocast, check_data, load_run, within
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds over ln C
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)     # the table's thresholds, as shares of ln C
 
 
 # --- The cost -----------------------------------------------------------------------------------
 
 def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
-    """FLOPs of one layer for each row, (N,), two for a multiply-add. tokens (N,): its real S.
+    """FLOPs of one layer, two for a multiply-add. tokens: each row's real S, in any shape.
 
         2 S (4 H^2 + 2 H I) + 4 S^2 H       which is    24 S H^2 + 4 S^2 H    where I = 4H
     """
@@ -47,7 +47,7 @@ def layer_flops(model: SmartBert, tokens: Tensor) -> Tensor:
 
 
 def auxiliary_flops(module: Gate | ExitHead, tokens: Tensor) -> Tensor:
-    """FLOPs of one gate or one exit head for each row, (N,). tokens (N,): its real S.
+    """FLOPs of one gate or one exit head. tokens: each row's real S, in any shape.
 
         2 S H W + 4 S W^2      W_in; keys and values
         2 W^2 + 4 S W          the query of [CLS]; its scores and weighted sum
@@ -97,7 +97,7 @@ class Result:
     layers: float                   # run on average
     flops: float                    # share of plain BERT's
     skip_rate: list[float]          # of the rows that reached layer i, the share that skipped it
-    exit_histogram: list[int]       # rows that exit after layer i; last: without early exit
+    exit_histogram: list[int]       # rows that exit after layer i; the last: all others
     levels: list[dict]              # of the toy: examples, accuracy, layers of each level
 
 
@@ -118,12 +118,10 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
     fields gates and history keep the values of the full pass."""
     N, L = full.ran.shape
     layer = torch.arange(1, L + 1)                                          # (L,)
-    last = (layer == L).expand(N, L)                                        # (N, L)
-    asked = full.head_asked
+    asked = full.head_asked                                                 # (N, L)
     if leaves is None:
-        leaves, asked = last, last
-    stops = (leaves & asked) | last                                         # (N, L)
-    exits = stops.int().argmax(1) + 1           # argmax gives the first of equals
+        leaves = asked = (layer == L).expand(N, L)
+    exits = torch.where(leaves & asked, layer, L).amin(1)       # (N,): the first such layer, or L
     inside = layer <= exits[:, None]                                        # (N, L)
     return replace(full, logits=full.history[torch.arange(N), exits - 1], exit=exits,
                    ran=full.ran & inside, gate_asked=full.gate_asked & inside,
@@ -132,16 +130,14 @@ def apply_exits(full: Outcome, leaves: Tensor | None) -> Outcome:
 
 def measure(model, split, task, outcome) -> Result:
     """Score, layers, FLOPs and more of an outcome on a split."""
-    L = outcome.ran.shape[1]
     answers = outcome.logits.argmax(1)                                      # (N,)
     values = scores(task, answers.tolist(), split.labels)
-
     tokens = torch.tensor([len(ids) for ids in split.ids])                  # (N,)
     share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
     layers = outcome.ran.sum(1).float()                                     # (N,)
-    reached = outcome.exit[:, None] >= torch.arange(1, L + 1)               # (N, L)
-    skipped = (reached & ~outcome.ran).sum(0) / reached.sum(0).clamp(min=1)     # (L,)
-    histogram = outcome.exit.bincount(minlength=L + 1)[1:]                  # (L,)
+    asked = outcome.gate_asked                  # (N, L): with gates, of all rows that got so far
+    skipped = (asked & ~outcome.ran).sum(0) / asked.sum(0).clamp(min=1)     # (L,)
+    histogram = outcome.exit.bincount(minlength=len(skipped) + 1)[1:]       # (L,)
 
     right, levels = (answers == torch.tensor(split.labels)).float(), []     # (N,)
     for level in sorted(set(split.levels)):
@@ -154,7 +150,7 @@ def measure(model, split, task, outcome) -> Result:
 
 
 def measure_all(model, split, task, passes, points) -> dict[Point, Result]:
-    """The result at every point, from the `full_passes` of a split."""
+    """Return the result at every point. passes: the `full_passes` of the split."""
     results = {}
     for point in points:
         leaves = None
@@ -168,7 +164,7 @@ def measure_all(model, split, task, passes, points) -> dict[Point, Result]:
 
 def quantiles(mode: str, full: Outcome) -> list[Point]:
     """A mode's candidates: about 250 quantiles of the entropies of a full pass."""
-    values = entropy(full.history)[:, :-1][full.head_asked[:, :-1]]         # (n,)
+    values = entropy(full.history)[:, :-1][full.head_asked[:, :-1]]         # (asked heads,)
     if len(values) == 0:            # no exits, or the gates skip layers 1 .. L-1 of every row
         return []
     found = np.quantile(values.double().numpy(), np.linspace(0, 1, 250))
@@ -178,8 +174,8 @@ def quantiles(mode: str, full: Outcome) -> list[Point]:
 def choose(tried, baseline, speedup) -> list[Point]:
     """Return at most one point, as a list. `tried` maps the points of a mode to held-out results.
     For a target speedup, take the point with the most FLOPs that reaches it, else the cheapest.
-    Otherwise take the cheapest that scores at most .005 below the baseline, which has no exits.
-    Take none if that saves no FLOPs, if all scores are equal, or if the baseline scores <= 0."""
+    Otherwise take the cheapest that scores at most .005 below the baseline, which has no exits,
+    but none if that saves no FLOPs, if all scores are equal, or if the baseline scores <= 0."""
     points = sorted(tried, key=lambda point: tried[point].flops)
     if speedup is not None:
         fast = [point for point in points if tried[point].flops <= 1 / speedup]
@@ -268,8 +264,7 @@ def evaluate(run, model, options):
     if run.exits:
         points += [Point(mode, value) for mode, value in product(baselines, thresholds)]
 
-    # A threshold for each mode is chosen on the held-out data, if they contain every class. The
-    # candidates are quantiles of the entropies there. On dev they form the curve.
+    # A threshold for each mode is chosen on the held-out data, if they contain every class.
     can_choose = options.thresholds is None and len(set(held.labels)) == len(task.labels)
     stars, for_curve, held_out = [], [], {}
     if len(held) > 0:

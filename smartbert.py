@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert import Bert, attend, mask_or_none
+from bert import Bert, attend
 
 
 # --- The model: skipping gates and exit heads ---------------------------------------------------
@@ -39,11 +39,10 @@ class ClsAttention(nn.Module):
 
     def forward(self, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """h (B, S, H), mask (B, S) or None -> attention's output at [CLS] (B, W), z (B, S, W)."""
-        dropout = self.dropout if self.training else 0.0
         z = torch.tanh(self.inner(h))                                       # z = tanh(W_in h)
         q = self.query(z[:, :1])                                            # (B, 1, W): [CLS]
         k, v = self.key_value(z).chunk(2, dim=2)                            # each (B, S, W)
-        a = attend(q, k, v, self.n_heads, mask, dropout)                    # (B, 1, W)
+        a = attend(q, k, v, self.n_heads, mask, self.dropout, self.training)    # (B, 1, W)
         return a.squeeze(1), z
 
 
@@ -63,8 +62,7 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """A projection: the contrast compares tokens in this space, so it does not force the
-    hidden states of neighbouring layers to be similar."""
+    """Where the contrast compares tokens, so that hidden states need not become similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
 
@@ -94,7 +92,7 @@ class SmartBert(nn.Module):
         config = bert.config
         H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
         # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
-        # gate costs about the same share of a layer if H >= 96. At least 16: 4 x 4 for ExitHead.
+        # gate costs about the same share of a layer if H >= 96. At least 16: four heads of 4.
         W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
@@ -105,9 +103,9 @@ class SmartBert(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor, segment_ids: Tensor, mask: Tensor) -> Tensor:
-        """Plain BERT: every layer, then the last head. ids, ... (B, S) -> logits (B, C)."""
+        """Plain BERT: every layer, then the last head. All inputs (B, S) -> logits (B, C)."""
         h = self.bert(ids, segment_ids, mask)[-1]                           # (B, S, H)
-        logits, _ = self.heads[-1](h, mask_or_none(mask))
+        logits, _ = self.heads[-1](h, mask)
         return logits
 
 
@@ -163,16 +161,14 @@ def hard_weight(g: Tensor) -> Tensor:
 
 def contrast(u: Tensor, v: Tensor, mask: Tensor, tau: float) -> Tensor:
     """The contrastive loss (InfoNCE) of tokens in two neighbouring layers: a token should
-    recognise itself in the next layer. The paper's aim: better middle layers, where examples exit.
+    recognise itself in the next layer. The paper's aim is better middle layers, where rows exit.
 
         contrast = mean over tokens t of  -log( s[t,t] / sum_t' s[t,t'] )
         s[t,t']  = exp( cos(u_t, v_t') / tau )
 
     u, v (B, S, W): the projected tokens of layer i and layer i+1. Positive: the same token in the
-    other layer. Negatives: the other tokens of the same example, in the other layer. Padding is
-    neither an anchor nor a negative: the loss must not depend on it. mask (B, S); tau: the
-    temperature. Returns a scalar.
-    """
+    other layer. Negatives: the example's other tokens there. Padding is neither an anchor nor a
+    negative: the loss must not depend on it. mask (B, S), temperature tau. Returns a scalar."""
     log_s = F.normalize(u, dim=-1) @ F.normalize(v, dim=-1).transpose(1, 2) / tau     # (B, S, S)
     log_s = log_s.masked_fill(~mask[:, None, :], -torch.inf)
     losses = log_s.logsumexp(dim=-1) - log_s.diagonal(dim1=1, dim2=2)       # (B, S)
@@ -199,15 +195,15 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
     Skipped layers are computed too. In phase 1 the gradient of g_i needs layer_i(h_{i-1}). In
     phase 2 head i reads it. A random share full_share of the rows ignores the gates and runs every
-    layer. This keeps the full model good, and the heads also learn from states without gates."""
-    h, m = model.bert.embeddings(ids, segment_ids), mask_or_none(mask)
+    layer. This keeps the full model good, and the heads also learn from ungated states."""
+    h = model.bert.embeddings(ids, segment_ids)                             # h_0 (B, S, H)
     inputs, outputs, g_soft, g_used = [], [], [], []
     obeys_gate = torch.rand(len(ids), device=h.device) >= full_share        # (B,) bool
     for gate, layer in zip(model.gates[:depth], model.bert.layers[:depth]):
         inputs.append(h)
-        output = layer(h, m)                                                # (B, S, H)
+        output = layer(h, mask)                                             # (B, S, H)
         outputs.append(output)
-        g = gate(h, m)                                                      # (B,)
+        g = gate(h, mask)                                                   # (B,)
         g_soft.append(g)
         if hard:
             g = hard_weight(g)
@@ -219,25 +215,23 @@ def gated_forward(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tens
 
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
-def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float,
-                 budget_weight: float) -> Tensor:
+def skip_penalty(g_soft: Tensor, g_used: Tensor, lam: float, budget: float) -> Tensor:
     """The loss that makes the gates skip: the paper's penalty if lam > 0, else our budget.
 
         paper:   lam / sum_i mean_batch(g_i)
-        budget:  budget_weight * max(0, mean(1 - g) - budget)^2         0 within the budget
+        budget:  10 * max(0, mean(1 - g) - budget)^2            0 within the budget
 
     The paper's penalty uses g_soft (B, L), because the sum of hard gates can be 0. The budget uses
     g_used (B, L), because it limits the share of layers that inference runs. Rows that ignore
     their gates (full_share) are counted like all other rows. Returns a scalar."""
     if lam > 0:
         return lam / g_soft.mean(0).sum()
-    return budget_weight * F.relu((1 - g_used).mean() - budget) ** 2
+    return 10 * F.relu((1 - g_used).mean() - budget) ** 2
 
 
 def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, labels: Tensor,
-                *, hard: bool, lam: float = 0.0, budget: float = 1.0, budget_weight: float = 10.0,
-                eta1: float = 0.01, tau1: float = 0.5,
-                full_share: float = 0.0) -> dict[str, Tensor]:
+                *, hard: bool, lam: float = 0.0, budget: float = 1.0, eta1: float = 0.01,
+                tau1: float = 0.5, full_share: float = 0.0) -> dict[str, Tensor]:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
     The sum is over i = 1 .. L-1. Since u_i = projections_i(h_{i-1}), the contrast compares the
@@ -246,9 +240,9 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     ids, segment_ids and mask are (B, S); labels are (B,).
     Returns the loss, its parts (scalars) and run (L,), the mean of 1 - g for each layer."""
     gated = gated_forward(model, ids, segment_ids, mask, hard, full_share=full_share)
-    logits, _ = model.heads[-1](gated.last, mask_or_none(mask))             # (B, C)
+    logits, _ = model.heads[-1](gated.last, mask)                           # (B, C)
     task = F.cross_entropy(logits, labels)
-    penalty = skip_penalty(gated.g_soft, gated.g_used, lam, budget, budget_weight)
+    penalty = skip_penalty(gated.g_soft, gated.g_used, lam, budget)
     u = [project(h) for project, h in zip(model.projections, gated.inputs)]     # L x (B, S, W)
     contrasts = sum(contrast(a, b, mask, tau1) for a, b in zip(u, u[1:]))
     loss = (1 - eta1) * (task + penalty) + eta1 * contrasts
@@ -268,14 +262,13 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     narrow tokens z_i, and u_i = head_i.project(z_i). Only heads 1 .. L-1 are trained.
     `gated_forward` explains full_share. ids, segment_ids and mask are (B, S); labels are (B,).
     Returns the loss and its parts, which are scalars."""
-    last = len(model.heads) - 1
+    depth = len(model.heads) - 1
     with torch.no_grad():
-        gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=last,
+        gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=depth,
                               full_share=full_share)
     task, u = 0.0, []
-    m = mask_or_none(mask)
-    for head, output in zip(model.heads[:last], gated.outputs):
-        logits, z = head(output, m)                                         # (B, C), (B, S, W)
+    for head, output in zip(model.heads[:depth], gated.outputs):
+        logits, z = head(output, mask)                                      # (B, C), (B, S, W)
         task = task + F.cross_entropy(logits, labels)
         u.append(head.project(z))                                           # (B, S, W)
     pairs = [contrast(a, b, mask, tau2) for a, b in zip(u, u[1:])]
@@ -289,7 +282,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
 @dataclass
 class Outcome:
     """What happened to the N rows of a pool of examples, in their order. Layers count from 1."""
-    logits: Tensor          # (N, C): the answers
+    logits: Tensor          # (N, C): of the head that answers
     exit: Tensor            # (N,) long: the layer of the exit; L for a row that reached the end
     ran: Tensor             # (N, L) bool: the layers that each row ran
     gate_asked: Tensor      # (N, L) bool: the gates that were computed
@@ -301,15 +294,15 @@ class Outcome:
 def full_batches(chosen: Tensor, mask: Tensor, batch_tokens: int):
     """Split the chosen rows of a pool into batches of at most batch_tokens tokens (padding
     counts), but at least one row each. chosen (N,) bool, mask (N, S). Yields the positions of a
-    batch's rows in the pool (n,), the length s of its longest row, and its mask (n, s) or None."""
+    batch's rows in the pool (n,), the length s of its longest row, and its mask (n, s)."""
     rows = chosen.nonzero().squeeze(1)
-    lengths, start = mask[rows].sum(1).tolist(), 0
-    while start < len(rows):
-        longest, end = lengths[start], start + 1                            # at least one row
-        while end < len(rows) and max(longest, lengths[end]) * (end + 1 - start) <= batch_tokens:
-            longest, end = max(longest, lengths[end]), end + 1
-        yield rows[start:end], longest, mask_or_none(mask[rows[start:end], :longest])
-        start = end
+    lengths = mask[rows].sum(1).tolist()
+    while lengths:                                  # take the first n rows, at least one
+        longest, n = lengths[0], 1
+        while n < len(lengths) and max(longest, lengths[n]) * (n + 1) <= batch_tokens:
+            longest, n = max(longest, lengths[n]), n + 1
+        yield rows[:n], longest, mask[rows[:n], :longest]
+        rows, lengths = rows[n:], lengths[n:]
 
 
 @torch.inference_mode()
@@ -331,8 +324,8 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
     ids, segment_ids and mask are (N, S). Rows sorted by length are fastest. With skip, the gates
     are used. A row exits after a layer that it ran if the entropy there is below threshold. If
-    threshold is None, no row exits early. With all_heads, every layer that ran asks its head in
-    any case. The default of batch_tokens depends on the device. Call model.eval() first."""
+    threshold is None, no row exits early. With all_heads, every layer that ran asks its head
+    even then. The default of batch_tokens depends on the device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = 1024 if device.type == "cpu" else 32768
@@ -342,17 +335,13 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     gates = torch.zeros(N, L, device=device)
     history = torch.zeros(N, L, C, device=device)
     ran, gate_asked, head_asked = torch.zeros(3, N, L, dtype=torch.bool, device=device)
-    # zeros, not empty: padding is read with weight 0, but 0 * NaN is NaN
-    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
-
-    for rows, s, _ in full_batches(alive, mask, batch_tokens):
-        h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
+    h = model.bert.embeddings(ids, segment_ids)                             # h_0 (N, S, H)
     for i in range(L):
         if skip:
             gate_asked[:, i] = alive
             for rows, s, m in full_batches(alive, mask, batch_tokens):
                 gates[rows, i] = model.gates[i](h[rows, :s], m).float()     # (n,)
-        ran[:, i] = alive & (gates[:, i] < 0.5)         # without gates these are 0: all run
+        ran[:, i] = alive & (gates[:, i] < 0.5)         # without skip all gates are 0: all run
         for rows, s, m in full_batches(ran[:, i], mask, batch_tokens):
             h[rows, :s] = model.bert.layers[i](h[rows, :s], m)              # (n, s, H)
             if ask_heads and i < L - 1:
@@ -370,9 +359,10 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
 
 def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
-    """Run `infer` on the pools of a split, which data.pools makes, with the keyword arguments how.
+    """Run `infer` on the pools that data.pools made of a split; `how` holds its keyword arguments.
     The outcome is on the CPU, in the order of the split. The model is set to eval mode."""
     model.eval()
-    parts = [vars(infer(model, *pool.inputs, **how)).values() for pool in pools]
+    parts = [vars(infer(model, *pool.inputs, **how)) for pool in pools]     # field -> tensor
     back = torch.cat([pool.rows for pool in pools]).argsort().cpu()     # undoes the sorting
-    return Outcome(*[torch.cat(pieces).cpu()[back] for pieces in zip(*parts)])
+    return Outcome(**{name: torch.cat([part[name] for part in parts]).cpu()[back]
+                      for name in parts[0]})

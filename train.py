@@ -8,6 +8,7 @@
 Phase 1 trains encoder, gates, last head and projections; phase 2 only the other heads.
 
 A run's folder: model.pt (settings, log, weights), run.json (its readable copy), tokenizer.json.
+Below, run is a Run, model a SmartBert; training and validation are encoded Splits.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-# oneDNN keeps kernels for each shape of batch: in bf16 on a CPU more than a gigabyte on RTE.
+# oneDNN caches kernels for each batch shape: for RTE in bf16 on a CPU, over a gigabyte.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 import torch
 from torch import distributed, nn
@@ -35,15 +36,15 @@ from smartbert import SmartBert, infer_pools, phase1_loss, phase2_loss
 
 # --- Settings -----------------------------------------------------------------------------------
 
-# What some tasks change of `make_parser`'s defaults. All but lr suit 12 layers of width 384.
+# Each task's changes to `make_parser`'s defaults. GLUE's were tuned with 12 layers of width 384.
 BY_TASK = {
     # The toy starts from random weights, so it gets a higher rate, more epochs, a larger budget.
     "toy": dict(batch_size=32, lr=5e-4, epochs1=16, epochs2=4, budget=0.65, gates_from=0.4,
                 full_from=0.75, full_share=0.25),
-    # These two tasks are learned late, so they get more epochs, and slower gates that start later.
+    # Both are learned late, so they get more epochs, and gates that start later and learn slowly.
     "cola": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
     "rte": dict(epochs1=8, lr_gates=3e-4, gates_from=0.4, full_from=0.7),
-    # These two are large, so they get fewer epochs, SST-2 a smaller budget. (QQP: not tuned.)
+    # Both are large, so they get fewer epochs; SST-2 also gets a smaller budget. (QQP: not tuned.)
     "sst2": dict(batch_size=32, epochs1=3, epochs2=1, gates_from=0.25, budget=0.4),
     "mnli": dict(epochs1=3, epochs2=1, gates_from=0.25),
 }
@@ -58,12 +59,12 @@ AUTHORS = dict(
     warmup=0.014,                       # the rates rise for 10 steps of RTE
     epochs2=4,                          # our default is 2
 )
-FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # they change no result
+FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # these change no result
 WEIGHTS = "google-bert/bert-base-uncased"
 METHODS = ("smartbert", "exits", "bert")
 # Under torchrun: how many processes there are, and which one this is.
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
+LAUNCH = os.environ if distributed.is_torchelastic_launched() else {"WORLD_SIZE": 1, "RANK": 0}
+WORLD, RANK = int(LAUNCH["WORLD_SIZE"]), int(LAUNCH["RANK"])
 DEVICES = [name for name, gpu in (("cuda", torch.cuda), ("mps", torch.backends.mps))
            if gpu.is_available()] + ["cpu"]
 
@@ -76,12 +77,12 @@ class Run:
     folder: Path
     settings: argparse.Namespace
     digest: str                         # of the training set
-    gates: bool                         # whether the run has gates ...
-    exits: bool                         # ... and exits
+    gates: bool                         # whether the run has gates
+    exits: bool                         # whether the run has exits
     criterion: str = "entropy"          # by which examples exit
     config: dict | None = None          # the encoder's shape: BertConfig's fields
     phase: int = 1
-    epoch: int = 0                      # whole epochs of this phase
+    epoch: int = 0                      # finished epochs of this phase
     finished: bool = False
     log: list[dict] = field(default_factory=list)
     best: dict = field(default_factory=lambda: dict(rank=-1, score=0, layers=0, weights={}))
@@ -109,7 +110,7 @@ def train_bert(run, model, training, validation):
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, validation):
-    """Phase 1: everything but heads 1 .. L-1 is trained; gates only if the run has them."""
+    """Phase 1: heads 1 .. L-1 are not trained, nor the gates of a run without gates."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -150,7 +151,8 @@ def penalty_at(run, progress):
 
 
 def keep_best(run, model, result):
-    """Keep this epoch's weights unless an earlier epoch was better. The later one wins a tie."""
+    """Keep this epoch's weights unless an earlier one has a higher rank, or else a higher score,
+    or else runs fewer layers."""
     best, layers = run.best, result["layers"]
     score = result[TASKS[run.settings.task].metrics[0]]
     rank = gate_rank(run, layers / len(model.gates))
@@ -161,14 +163,14 @@ def keep_best(run, model, result):
     else:
         better = layers <= best["layers"]
     if better:
-        weights = copy.deepcopy(model.state_dict())
-        run.best = {"rank": rank, "score": score, "layers": layers, "weights": weights}
+        run.best = {"rank": rank, "score": score, "layers": layers,
+                    "weights": copy.deepcopy(model.state_dict())}
 
 
 def gate_rank(run, share):
-    """The rank counts before the score, because epochs score best before the gates skip. It is 2
-    without gates, or if lambda is 0 and the share of layers run is at most 1.1 times the budget.
-    It is 1 if the penalty ended at full strength, else 0. Soft gates before hard ones have 0."""
+    """Rank 2: the run has no gates, or keeps the budget (lambda is 0, share <= 1.1 * budget).
+    Rank 1: the penalty ended at full strength. Rank 0: neither, or hard gates are still to come.
+    The rank counts before the score, because epochs score best before the gates skip."""
     settings = run.settings
     if not run.gates:
         return 2
@@ -185,8 +187,7 @@ def gate_rank(run, share):
 # --- Phase 2: the other exit heads --------------------------------------------------------------
 
 def train_phase2(run, model, training, validation):
-    """Phase 2: only the heads before the last learn; make_optimizer freezes everything else. The
-    last epoch is kept."""
+    """Phase 2: only heads 1 .. L-1 learn, the rest is frozen. The last epoch is kept."""
     settings, heads = run.settings, model.heads[:-1]
     optimizer = make_optimizer(model, {"heads": (heads, settings.lr_new)}, run.optimizer)
     while run.epoch < settings.epochs2:
@@ -227,7 +228,7 @@ def make_optimizer(model, rates, state):
 
 
 def warmup_decay(step, steps, warmup):
-    """The factor of a learning rate. It rises linearly in a share `warmup` of the steps, then
+    """The factor of all learning rates. It rises linearly over a share `warmup` of the steps, then
     falls. Step 0 takes the factor of step 1, because its own would be 0."""
     rising = max(step, 1) / max(warmup * steps, 1e-9)
     falling = (steps - step) / ((1 - warmup) * steps)
@@ -273,9 +274,10 @@ def update(model, parts, optimizer):
 
 
 def end_epoch(run, model, optimizer, log, validation):
-    """Judge an epoch on the validation split (under torchrun every process does, so that all keep
-    the same one), log it with the means over its steps, store the run, print a line."""
-    settings, task = run.settings, TASKS[run.settings.task]
+    """Judge the epoch on validation, log the result and the means over its steps, store the run,
+    print a line. Under torchrun every process does so; so all keep the same epoch."""
+    settings = run.settings
+    task = TASKS[settings.task]
     # The threshold is for the log only: eval.py chooses one.
     threshold = 0.5 * math.log(len(task.labels)) if run.phase == 2 else None
     with autocast(settings):
@@ -298,11 +300,12 @@ def end_epoch(run, model, optimizer, log, validation):
           f"layers", flush=True)
 
 
-# --- A run's folder -----------------------------------------------------------------------------
+# --- A run's folder: a student may stop reading here --------------------------------------------
 
 def start_run(run):
-    """Write a run of 0 epochs into its folder, which is claimed for this run alone."""
-    settings, task = run.settings, TASKS[run.settings.task]
+    """Write a run of 0 epochs into its folder, which no other run may use."""
+    settings = run.settings
+    task = TASKS[settings.task]
     torch.manual_seed(settings.seed)
     if task.name == "toy":
         tokenizer = toy_tokenizer()
@@ -313,14 +316,13 @@ def start_run(run):
             tokenizer, bert = load_tokenizer(folder), load_bert(folder)
         except Exception as error:                      # ours, and what the libraries raise
             raise UserError(f"{folder}: {in_words(error)}") from error
-    words, config = tokenizer.get_vocab_size(), bert.config
+    words, config = max(tokenizer.get_vocab().values()) + 1, bert.config
     if words > config.vocab_size or settings.max_length > config.max_position_embeddings:
         raise UserError(f"these weights have {config.vocab_size} words, the tokenizer {words}; "
                         f"--max-length can be {config.max_position_embeddings} at most")
     # A run without gates still has the modules. Their bias makes g almost 0, so every layer runs.
-    bias = settings.gate_bias if run.gates else -30.0
-    model = SmartBert(bert, len(task.labels), bias)
-    run.config = asdict(config)
+    model = SmartBert(bert, len(task.labels), settings.gate_bias if run.gates else -30.0)
+    run.config = vars(config)
     claim_folder(run.folder, settings.overwrite)
     write_text(run.folder / "tokenizer.json", tokenizer.to_str())
     save_run(run, model)
@@ -328,13 +330,12 @@ def start_run(run):
 
 def save_run(run, model):
     """Write model.pt, then run.json, each whole or not at all. The first process does it."""
-    if RANK > 0:
-        return
     stored = vars(run) | {"settings": vars(run.settings), "folder": str(run.folder)}
     content = {"run": stored, "weights": model.state_dict()}
-    atomic_write(run.folder / "model.pt", lambda file: torch.save(content, file))
-    shown = stored | {"best": None, "optimizer": None}
-    write_text(run.folder / "run.json", f"{MADE_BY}, {json.dumps(shown, indent=1)[1:]}\n")
+    shown = json.dumps(stored | {"best": None, "optimizer": None}, indent=1).removeprefix("{")
+    if RANK == 0:
+        atomic_write(run.folder / "model.pt", lambda file: torch.save(content, file))
+        write_text(run.folder / "run.json", f"{MADE_BY}, {shown}\n")   # MADE_BY opens the brace
 
 
 def load_run(folder, device):
@@ -354,10 +355,9 @@ def load_run(folder, device):
 
 
 def check_data(run, whole):
-    """Raise UserError where a run was made from another training set than this."""
+    """Raise UserError if the run was trained on a different training set."""
     if run.digest != digest(whole):
-        raise UserError(f"{run.folder} was trained on another train.tsv than this one: put back "
-                        f"the file of that time, or train again")
+        raise UserError(f"{run.folder} was made from another train.tsv: restore it, or start over")
 
 
 # --- From the command line ----------------------------------------------------------------------
@@ -390,10 +390,10 @@ def make_parser(methods):
     # what makes the gates skip: either the budget or lambda
     either("--budget", type=fraction, default=0.5, help="share of layers allowed without penalty")
     either("--lam", type=rate, default=0.0, help="lambda of the paper's penalty; 0: the budget")
-    add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial: at -2, g = .12")
+    add("--gate-bias", type=within(float, -100, 100), default=-2.0, help="initial; -2: g = .12")
     add("--gates-from", type=under_1, default=0.3, help="share of phase 1 before the gates learn")
-    add("--full-from", type=under_1, default=0.6, help="share of phase 1 until the full budget")
-    add("--full-share", type=fraction, default=0.0, help="share of training rows run in full")
+    add("--full-from", type=under_1, default=0.6, help="share of phase 1 until --budget holds")
+    add("--full-share", type=fraction, default=0.0, help="share of rows that ignore their gates")
     add("--soft-epochs", type=count, default=0, help="epochs of phase 1 with soft gates")
     # the contrast; 0: none
     add("--eta1", type=fraction, default=0.01, help="eta_1, weight of phase 1's contrast")
@@ -401,12 +401,12 @@ def make_parser(methods):
     # the optimisation
     add("--epochs1", type=positive, default=5, help="epochs of phase 1")
     add("--epochs2", type=count, default=2, help="epochs of phase 2; 0: no exits")
-    add("--batch-size", type=within(int, WORLD, 10**9), default=16, help="examples in a step")
+    add("--batch-size", type=within(int, WORLD, 10**9), default=16, help="examples per step")
     add("--lr", type=rate, default=3e-5, help="the encoder's learning rate (1e-4 suits H = 384)")
     add("--lr-new", type=rate, default=1e-3, help="learning rate of heads and projections")
     add("--lr-gates", type=rate, default=1e-3, help="learning rate of the gates")
     add("--warmup", type=under_1, default=0.06, help="share of a schedule in which rates rise")
-    add("--max-length", type=within(int, 8, 10**9), default=128, help="tokens of an example")
+    add("--max-length", type=within(int, 8, 10**9), default=128, help="tokens per example")
     add("--held-out", type=under_1, default=0.1, help="share of train kept for validation")
     add("--limit", type=positive, help="use only the first LIMIT training examples")
     add("--seed", type=count, default=50, help="of weights, order, dropout, held-out rows")
@@ -421,7 +421,7 @@ def make_parser(methods):
 def parse(arguments, methods=METHODS):
     """The settings. The command line overrides the task or recipe, which override the defaults."""
     parser = make_parser(methods)
-    # --task, --method and --recipe decide the defaults, which --help is to show.
+    # --task, --method and --recipe decide the defaults, which --help should show.
     known = parser.parse_args([word for word in arguments if word not in ("-h", "--help")])
     changes = AUTHORS if known.recipe == "release" else BY_TASK.get(known.task, {})
     out = f"runs/{known.task}-{known.method}".removesuffix("-smartbert")
@@ -457,7 +457,7 @@ def prepare(settings, **kind):
     splits = load_task(settings.task, settings.data_dir)
     training, validation = hold_out(splits["train"], settings.held_out, settings.seed,
                                     settings.limit)
-    if len(validation) == 0:
+    if not validation:
         validation = splits[TASKS[settings.task].devs[0]]
         print(f"warning: nothing is held out: {validation.name} selects the epoch and is reported")
     if not exists:
@@ -465,12 +465,12 @@ def prepare(settings, **kind):
     if WORLD > 1:
         distributed.barrier()
     run, model = load_run(folder, settings.device)
-    check_data(run, splits["train"])
     before, now = vars(run.settings), vars(settings)
-    changed = [name for name in now.keys() - FREE if before.get(name) != now[name]]
+    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
     if changed:
         raise UserError(f"{folder} was started with {changed[0]} = {before.get(changed[0])}, "
                         f"not {now[changed[0]]}: resume with the same settings")
+    check_data(run, splits["train"])
     if model.bert.config.hidden_size <= 64:     # so tiny that a second thread gains nothing
         torch.set_num_threads(1)                # (one gives the same sums on every machine)
     tokenizer = load_tokenizer(folder)
@@ -480,9 +480,9 @@ def prepare(settings, **kind):
 
 def train(settings):
     """Both phases, or the baseline; returns the run's folder."""
-    exits = settings.method != "bert" and settings.epochs2 > 0
     run, model, training, validation = prepare(
-        settings, gates=settings.method == "smartbert", exits=exits)
+        settings, gates=settings.method == "smartbert",
+        exits=settings.method != "bert" and settings.epochs2 > 0)
     if run.phase == 1:
         if settings.method == "bert":
             train_bert(run, model, training, validation)

@@ -150,7 +150,7 @@ def test_gate():
     judge("the gate of a single row", one, right[:1].sigmoid(), {
         "squeeze() takes B = 1 away as well: squeeze(1)": right[0].sigmoid()})
     if torch.equal(gate.train()(h, mask), gate(h, mask)):
-        fail("in training attention has dropout: self.dropout where self.training")
+        fail("in training attention has dropout: pass self.dropout and self.training")
 
 
 # --- 4 inference --------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_skip_penalty():
     soft = torch.tensor([[0.2, 0.4, 0.1], [0.7, 0.6, 0.3]])
     used = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     sum_of_means, run = (0.9 + 1.0 + 0.4) / 2, 4 / 6
-    judge("the paper's penalty", smartbert.skip_penalty(soft, used, 0.3, 0.5, 10.0),
+    judge("the paper's penalty", smartbert.skip_penalty(soft, used, 0.3, 0.5),
           0.3 / sum_of_means, {
         "it takes the soft gates: used ones are rounded": 0.3 / 1.0,
         "it is lambda over the sum, not times": 0.3 * sum_of_means,
@@ -293,10 +293,10 @@ def test_skip_penalty():
     for budget in 0.5, 0.9:
         above = max(0.0, run - budget)
         judge(f"the penalty where {run:.2f} of the layers run and the budget is {budget}",
-              smartbert.skip_penalty(soft, used, 0.0, budget, 10.0), 10 * above**2, {
+              smartbert.skip_penalty(soft, used, 0.0, budget), 10 * above**2, {
             "a budget that is met costs nothing": 10 * (run - budget)**2,
             "the square is missing": 10 * above,
-            "budget_weight is missing": above**2,
+            "the factor 10 is missing": above**2,
             "it takes the gates as used, not the soft ones":
                 10 * max(0, 1 - sum_of_means / 3 - budget)**2,
             "what runs is 1 - g": 10 * max(0, 1 - run - budget)**2})
@@ -411,7 +411,7 @@ def test_phase1_loss():
     for hard in False, True:
         told = run_by_hand(model, batch, hard)
         task = cross_entropy_by_hand(model.heads[-1], told.states[-1], labels)
-        penalty = 3 * max(0, (1 - told.used).mean().item() - 0.2)**2
+        penalty = 10 * max(0, (1 - told.used).mean().item() - 0.2)**2
 
         def pairs_of(hiddens):
             return pairs_by_hand([[project(h) for h in rows]
@@ -419,7 +419,7 @@ def test_phase1_loss():
 
         pairs = pairs_of(told.states)
         parts = smartbert.phase1_loss(model, *batch, labels, hard=hard, budget=0.2,
-                                      budget_weight=3.0, eta1=0.4, tau1=0.7)
+                                      eta1=0.4, tau1=0.7)
         if parts is None:
             fail("phase1_loss returns nothing")
         judge("task", parts["task"], task, {

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bert import mask_or_none
 from data import UserError, load_task, one_line_errors
 from smartbert import SmartBert
 from train import (autocast, check_data, draw_batches, end_epoch, join_processes, load_run,
@@ -33,9 +32,8 @@ from train import (autocast, check_data, draw_batches, end_epoch, join_processes
 
 def every_head(model: SmartBert, inputs: tuple) -> list[Tensor]:
     """The logits of all heads without gates, each (B, C)."""
-    mask = mask_or_none(inputs[2])
     _, *hiddens = model.bert(*inputs)                                       # h_1 .. h_L
-    return [head(h, mask)[0] for head, h in zip(model.heads, hiddens)]
+    return [head(h, inputs[2])[0] for head, h in zip(model.heads, hiddens)]
 
 
 def deebert_loss(model, inputs, labels, step):

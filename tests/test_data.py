@@ -359,6 +359,7 @@ def test_tokenizers_are_those_of_their_library(tmp_path):
     ("added_tokens.json", {"[NEW]": 77, "[OLD]": 78}, "[NEW]"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"4": ADDED[4], "77": NEW}}, "[NEW]"),
     ("tokenizer_config.json", {"additional_special_tokens": ["[NEW]", "x"]}, "[NEW]"),
+    ("special_tokens_map.json", {"extra_special_tokens": {"a": "[SEP]", "b": NEW}}, "[NEW]"),
     ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}, "RobertaTokenizer"),
     ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer"),
     ("tokenizer_config.json", {"unk_token": "<unk>"}, "<unk>"),
@@ -393,7 +394,7 @@ def test_vocab_txt_is_read_as_the_file_beside_it_says(tmp_path, lower, strip, ch
     stated = {"do_lower_case": lower, "strip_accents": strip, "tokenize_chinese_chars": chinese,
               "added_tokens_decoder": usual, "tokenizer_class": "BertTokenizerFast"}
     write(tmp_path / "vocab.txt", "\r\n".join(WORDS))
-    write(tmp_path / "config.json", {"model_type": "bert"})
+    write(tmp_path / "config.json", {"model_type": "bert", "additional_special_tokens": None})
     write(tmp_path / "tokenizer_config.json", stated | {"unk_token": "[UNK]"})
     write(tmp_path / "special_tokens_map.json", {"unk_token": usual[1]})
     accent = "e" if strip or strip is None and lower else "\u00e9"

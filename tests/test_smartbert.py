@@ -293,7 +293,7 @@ def test_batches_are_full_and_no_fuller():
         for rows, longest, m in made:
             assert longest == lengths[rows].max()
             assert len(rows) == 1 or len(rows) * longest <= limit
-            close(mask[rows, :longest], torch.ones_like(mask[rows, :longest]) if m is None else m)
+            assert torch.equal(m, mask[rows, :longest])
         for (rows, longest, _), (others, *_) in zip(made, made[1:]):
             assert (len(rows) + 1) * max(longest, lengths[others[0]]) > limit
 

@@ -25,9 +25,9 @@ from bert import Bert, BertConfig, Embeddings, load_bert
 from smartbert import SmartBert, infer_one, phase1_loss, phase2_loss
 
 ROOT = Path(train.__file__).parent
-# Of processes; a RANK that is left over, without a WORLD_SIZE, means nothing.
+# Of processes; without torchrun, what another launcher left over means nothing.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": "1",
-                            "PYTHONWARNINGS": "ignore"}
+                            "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"}
 FLAGS = train.make_parser(train.METHODS)._actions[1:]       # without --help
 # 4 steps an epoch; the first is the best.
 SMALL = "--limit 109 --budget 1 --epochs1 3 --epochs2 4 --seed 52 --device cpu".split()
@@ -283,8 +283,7 @@ def by_hand(arguments, world: int = 1) -> dict:
     ("--method exits --warmup 0.3", [1, 1, 1, 2, 2]),
     ("--method bert --warmup 0.4 --batch-size 1 --epochs1 2 --lr-new 0.002", [1, 1])])
 def test_training_by_hand(tmp_path, monkeypatch, more, phases):
-    """Both phases and the baseline end at the weights of `by_hand`, stopped or not; on one thread,
-    because sums of several differ."""
+    """Both phases and the baseline end at the weights of `by_hand`, stopped or not (1 thread)."""
     torch.set_num_threads(2)
     with monkeypatch.context() as patch, pytest.raises(EOFError):       # in the second epoch
         patch.setattr(train, "end_epoch", fails_in_call(2, train.end_epoch, EOFError()))
@@ -349,8 +348,7 @@ def test_each_phase_trains_its_own_parts(seen):
 
 
 def test_the_log_holds_means_and_what_was_judged(seen):
-    """An entry an epoch, the same in model.pt and run.json: the means of the parts of the loss,
-    and score and layers on the held-out rows, as `judged` finds them."""
+    """Means of the parts of the loss; score and layers on the held-out rows, as in `judged`."""
     run, model = train.load_run(seen.folder, "cpu")
     assert run.log == readable(seen.folder)["log"]
     assert [entry["epoch"] for entry in run.log] == [1, 2, 3, 4, 1, 2]
@@ -468,7 +466,7 @@ def test_overwrite_takes_our_files_alone(tmp_path, monkeypatch, refused):
         patch.setattr(train, "check_folder", lambda *_: False)
         refused(train.main, [*QUICK, "--out", run], "run.json")
     assert not moved(stored(run)["weights"], before)
-    theirs = {"notes.txt", "x.tmp", "model.pt.bak"}
+    theirs = {"notes.txt", "x.v2.tmp", "model.pt.bak", "eval-before.json", "eval_mine.json"}
     for name in theirs | {"eval.json", "eval-dev_mismatched.json", "page.html", "model.pt.9.tmp"}:
         (run / name).write_text("mine")
     trained([*QUICK, "--overwrite", "--seed", "51"], run)
@@ -510,6 +508,7 @@ def test_resume_takes_the_same_settings_and_data(tmp_path, refused):
     (tmp_path / "glue").rename(tmp_path / "moved")
     arguments[arguments.index("--data-dir") + 1] = str(tmp_path / "moved")
     train.main(arguments)
+    refused(train.main, ["--out", run, "--resume"], "was started with task = sst2, not toy")
     assert not moved(stored(run)["weights"], end)
     with open(tmp_path / "moved/SST-2/train.tsv", "a") as file:
         file.write("one more\t1\n")
