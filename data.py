@@ -157,13 +157,13 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
     """(training part, held-out part) of the first `limit` examples, in the original order. A share
-    (0..1) of each class is drawn at random, about 2000 rows at most."""
+    (0..1) of each class is drawn at random, but not all of it, and about 2000 rows at most."""
     split = split.select(range(len(split))[:limit])
     share = min(share, 2000 / len(split))
     rng, held = random.Random(seed), set()
     for label in sorted(set(split.labels)):
         members = [i for i, other in enumerate(split.labels) if other == label]
-        held.update(rng.sample(members, round(share * len(members))))
+        held.update(rng.sample(members, min(round(share * len(members)), len(members) - 1)))
     training = split.select(sorted(set(range(len(split))) - held))
     return training, replace(split.select(sorted(held)), name="held-out")
 

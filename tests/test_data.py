@@ -173,7 +173,7 @@ def test_hold_out_is_stratified_disjoint_and_reproducible():
         assert part.labels == [labels[i] for i in part.levels]
     assert data.hold_out(split, 0.2, seed=5)[1].levels == held.levels
     assert data.hold_out(split, 0.2, seed=6)[1].levels != held.levels
-    assert len(data.hold_out(split, 0.0, seed=5)[1]) == 0
+    assert [len(data.hold_out(split, share, 5)[1]) for share in (0.0, 0.99)] == [0, 97]
     rest, held = data.hold_out(split, 0.5, seed=5, limit=80)  # of the first 80
     assert sorted(rest.levels + held.levels) == list(range(80))
     large = Split("train", [("a", None)] * 50_000, [0, 1, 1, 1, 1] * 10_000)
