@@ -108,8 +108,8 @@ def main(arguments=sys.argv[1:]):
             for number in re.findall(r"^took (\d+) s", log.read_text(), re.MULTILINE):
                 took[log.stem[:-3]] = int(number)
         times = [took[name[:-3]] for name in missing if name[:-3] in took]
-        print(len(missing), "runs are missing:", *missing, f"\nthe {len(times)} of which a seed "
-              f"has run will take {sum(times) / asked.jobs / 3600:.1f} hours", flush=True)
+        print(len(missing), "runs are missing:", *missing, f"\nby the logs, {len(times)} of them "
+              f"will take {sum(times) / asked.jobs / 3600:.1f} hours", flush=True)
         with ThreadPoolExecutor(asked.jobs) as pool:
             files = pool.map(lambda name: make(name, COMMANDS[name], asked), missing)
             for name, content in zip(missing, files):
