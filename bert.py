@@ -66,8 +66,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None, d
     q = q.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, T, D)
     k = k.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
     v = v.view(B, -1, n_heads, D).transpose(1, 2)                           # (B, A, S, D)
-    if mask is not None:        # attention without a mask is faster, so use none without padding
-        mask = None if mask.all() else mask[:, None, None, :]               # (B, 1, 1, S)
+    # Attention without a mask is faster, so leave it out where nothing is padded.
+    mask = None if mask is None or mask.all() else mask[:, None, None, :]   # (B, 1, 1, S)
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                        dropout_p=dropout if training else 0.0)
     return a.transpose(1, 2).reshape(B, T, H)                               # heads side by side
@@ -128,8 +128,7 @@ class Bert(nn.Module):
 # --- Weights from a folder ----------------------------------------------------------------------
 
 def load_bert(folder: str | Path) -> Bert:
-    """Load the pre-trained encoder, in fp32, from a folder in the hub's layout. Raises ValueError
-    if it does not fit this code. Other errors come from the libraries that read the files."""
+    """Load the encoder, in fp32, from a folder. Raises ValueError if it does not fit this code."""
     bert = Bert(read_config(Path(folder) / "config.json"))
     bert.load_state_dict(to_our_names(read_tensors(Path(folder)), bert.config))
     return bert

@@ -157,7 +157,7 @@ def read_split(task: Task, folder: Path, split: str) -> Split:
 
 def hold_out(split: Split, share: float, seed: int, limit=None) -> tuple[Split, Split]:
     """(training part, held-out part) of the first `limit` examples, in the original order. A share
-    (0..1) of each class is drawn at random, but not all of it, and about 2000 rows at most."""
+    (0..1) of each class is held out at random, never all of it; in all about 2000 rows at most."""
     split = split.select(range(len(split))[:limit])
     share = min(share, 2000 / len(split))
     rng, held = random.Random(seed), set()
@@ -240,8 +240,7 @@ def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
 
 
 def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]:
-    """Sort the split by length and cut it into batches of about the same size. There are as few
-    batches as possible with at most `largest` examples each."""
+    """The split sorted by length, in as few equal batches as hold at most `largest` rows each."""
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
     order = sorted(range(len(split)), key=lambda i: len(split.ids[i]))
     return [collate(split, order[i:i + size], device) for i in range(0, len(order), size)]
@@ -381,7 +380,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if (folder / "run.json").is_file():
         start = (folder / "run.json").read_text(errors="replace")[:len(MADE_BY)]
     if start not in (MADE_BY, ""):                      # an empty one is left by a crash
-        raise UserError(f"--out {folder} is not empty, nor a run of this version: name another")
+        raise UserError(f"--out {folder} is not empty and not a run of this version: name another")
     if resume and (folder / "model.pt").is_file():
         for path in folder.glob("*.[0-9]*.tmp"):        # left by a kill
             path.unlink()
@@ -393,7 +392,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Make a run's folder, without a former run's files. If two runs start, one is refused."""
+    """Make a run's folder, without a former run's files. Of two runs at once, one is refused."""
     if overwrite:
         for pattern in OURS:
             for path in folder.glob(pattern):

@@ -135,7 +135,7 @@ def measure(model, split, task, outcome) -> Result:
     tokens = torch.tensor([len(ids) for ids in split.ids])                  # (N,)
     share = flops(model, tokens, outcome).sum() / plain_flops(model, tokens).sum()
     layers = outcome.ran.sum(1).float()                                     # (N,)
-    asked = outcome.gate_asked                  # (N, L): with gates, of all rows that got so far
+    asked = outcome.gate_asked              # (N, L): with gates, by all rows that reach the layer
     skipped = (asked & ~outcome.ran).sum(0) / asked.sum(0).clamp(min=1)     # (L,)
     histogram = outcome.exit.bincount(minlength=len(skipped) + 1)[1:]       # (L,)
 

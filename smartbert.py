@@ -7,8 +7,7 @@ decides whether the answer is already certain.
 
     logits, ran, exit = infer_one(model, ids, segment_ids, threshold=0.3)
 
-`infer_one` is the paper in one loop. The losses of the two training phases follow it. `infer`
-comes last: dynamic inference for many examples at once.
+`infer_one` is the paper in one loop. The losses follow it, then `infer`: many examples at once.
 
 Dimensions: B rows (examples) of a batch, S tokens, H hidden size, W width of gates and heads,
 L layers, C classes, N rows of a pool (what one call of `infer` takes). mask is True at real
@@ -62,7 +61,7 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """Where the contrast compares tokens, so that hidden states need not become similar."""
+    """The space in which the contrast compares tokens, so hidden states need not be similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
 
@@ -320,7 +319,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
         c     runs      runs, not sure     skips, the last head answers
 
     Layer 1 computes a and c together, layer 2 b and c, layer 3 a alone. Below, i counts layers
-    from 0; rows (n,) are the positions of a batch's rows in the pool.
+    from 0; rows (n,), s and m are those of `full_batches`.
 
     ids, segment_ids and mask are (N, S). Rows sorted by length are fastest. With skip, the gates
     are used. A row exits after a layer that it ran if the entropy there is below threshold. If
@@ -328,14 +327,17 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     even then. The default of batch_tokens depends on the device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
-        batch_tokens = 1024 if device.type == "cpu" else 32768
+        batch_tokens = {"cpu": 1024}.get(device.type, 32768)
     ask_heads = all_heads or threshold is not None
     alive = torch.ones(N, dtype=torch.bool, device=device)      # not exited yet
     exits = torch.full((N,), L, device=device)
     gates = torch.zeros(N, L, device=device)
     history = torch.zeros(N, L, C, device=device)
     ran, gate_asked, head_asked = torch.zeros(3, N, L, dtype=torch.bool, device=device)
-    h = model.bert.embeddings(ids, segment_ids)                             # h_0 (N, S, H)
+    # zeros, not empty: padding is read with weight 0, but 0 * NaN is NaN
+    h = torch.zeros(*ids.shape, model.bert.config.hidden_size, device=device)   # (N, S, H)
+    for rows, s, _ in full_batches(alive, mask, batch_tokens):
+        h[rows, :s] = model.bert.embeddings(ids[rows, :s], segment_ids[rows, :s])
     for i in range(L):
         if skip:
             gate_asked[:, i] = alive
@@ -359,7 +361,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
 
 
 def infer_pools(model: SmartBert, pools: list, **how) -> Outcome:
-    """Run `infer` on the pools that data.pools made of a split; `how` holds its keyword arguments.
+    """Run `infer`, with the keyword arguments `how`, on the pools that data.pools made of a split.
     The outcome is on the CPU, in the order of the split. The model is set to eval mode."""
     model.eval()
     parts = [vars(infer(model, *pool.inputs, **how)) for pool in pools]     # field -> tensor

@@ -63,7 +63,7 @@ FREE = {"data_dir", "out", "device", "resume", "overwrite"}     # these change n
 WEIGHTS = "google-bert/bert-base-uncased"
 METHODS = ("smartbert", "exits", "bert")
 # Under torchrun: how many processes there are, and which one this is.
-LAUNCH = os.environ if distributed.is_torchelastic_launched() else {"WORLD_SIZE": 1, "RANK": 0}
+LAUNCH = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {"WORLD_SIZE": 1, "RANK": 0}
 WORLD, RANK = int(LAUNCH["WORLD_SIZE"]), int(LAUNCH["RANK"])
 DEVICES = [name for name, gpu in (("cuda", torch.cuda), ("mps", torch.backends.mps))
            if gpu.is_available()] + ["cpu"]
@@ -110,7 +110,7 @@ def train_bert(run, model, training, validation):
 # --- Phase 1: encoder, gates and last head ------------------------------------------------------
 
 def train_phase1(run, model, training, validation):
-    """Phase 1: heads 1 .. L-1 are not trained, nor the gates of a run without gates."""
+    """Phase 1: encoder, last head and projections learn, and gates if the run has them."""
     settings = run.settings
     rates = {"encoder": (model.bert, settings.lr), "head": (model.heads[-1], settings.lr_new),
              "projections": (model.projections, settings.lr_new)}
@@ -151,8 +151,8 @@ def penalty_at(run, progress):
 
 
 def keep_best(run, model, result):
-    """Keep this epoch's weights unless an earlier one has a higher rank, or else a higher score,
-    or else runs fewer layers."""
+    """Keep this epoch's weights unless an earlier epoch has a higher rank or, at equal rank, a
+    higher score or, at equal score, fewer layers."""
     best, layers = run.best, result["layers"]
     score = result[TASKS[run.settings.task].metrics[0]]
     rank = gate_rank(run, layers / len(model.gates))
@@ -168,9 +168,9 @@ def keep_best(run, model, result):
 
 
 def gate_rank(run, share):
-    """Rank 2: the run has no gates, or keeps the budget (lambda is 0, share <= 1.1 * budget).
-    Rank 1: the penalty ended at full strength. Rank 0: neither, or hard gates are still to come.
-    The rank counts before the score, because epochs score best before the gates skip."""
+    """Rank 2: the run has no gates, or lambda is 0 and the share of layers run <= 1.1 * budget.
+    Rank 1: the penalty has full strength at the end of the epoch. Rank 0: all else, and soft gates
+    before hard ones. The rank counts before the score: epochs score best before gates skip."""
     settings = run.settings
     if not run.gates:
         return 2
@@ -275,7 +275,7 @@ def update(model, parts, optimizer):
 
 def end_epoch(run, model, optimizer, log, validation):
     """Judge the epoch on validation, log the result and the means over its steps, store the run,
-    print a line. Under torchrun every process does so; so all keep the same epoch."""
+    print a line. Under torchrun every process judges it, so all keep the same epoch."""
     settings = run.settings
     task = TASKS[settings.task]
     # The threshold is for the log only: eval.py chooses one.
@@ -335,7 +335,7 @@ def save_run(run, model):
     shown = json.dumps(stored | {"best": None, "optimizer": None}, indent=1).removeprefix("{")
     if RANK == 0:
         atomic_write(run.folder / "model.pt", lambda file: torch.save(content, file))
-        write_text(run.folder / "run.json", f"{MADE_BY}, {shown}\n")   # MADE_BY opens the brace
+        write_text(run.folder / "run.json", f"{MADE_BY}, {shown}\n")   # MADE_BY has the brace
 
 
 def load_run(folder, device):

@@ -121,7 +121,7 @@ def main(arguments=sys.argv[1:]):
         try:
             solve(folder, number)
         except (SyntaxError, ValueError, OSError) as error:
-            parser.error(f"mend this first, so that the file can be read: {error}")
+            parser.error(f"fix this first, so that the file can be read: {error}")
         print(f"exercise {number} is solved; what stood there is in {folder}/attempts.txt")
 
 

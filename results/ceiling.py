@@ -5,11 +5,11 @@
 Every path answers with the last head, on the dev set:
 
     gates      the path of the gates: each example its own
-    shuffled   the same paths, dealt out to the examples at random: as many layers, the wrong ones
+    shuffled   the same paths, permuted across examples: as many layers, the wrong ones
     most run   one path for all: the layers that the gates run most often, as many as they run on
                average
-    greedy     one path for all: of the full path, always that layer is dropped whose loss hurts
-               the held-out examples least
+    greedy     one path for all: layers are removed one by one, each time the one whose removal
+               costs the least held-out score
     plain      all layers
 
 Where *gates* is no better than *shuffled*, the gates know nothing about single examples; where it

@@ -424,12 +424,12 @@ def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (UserError("mend it"), "mend it"), (FileNotFoundError(2, "No such file", "x.tsv"), "x.tsv"),
+    (UserError("fix it"), "fix it"), (FileNotFoundError(2, "No such file", "x.tsv"), "x.tsv"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "lower --batch-size or --max-length: "),
     (pytest.raises(RuntimeError, torch.empty, 1 << 50).value, "lower --batch-size"),
     (MemoryError("Unable to allocate 8 PiB"), "8 PiB"), (MemoryError(), "lower --batch-size"),
     (zipfile.BadZipFile("no zip"), "no zip"), (RuntimeError("shapes"), None), (KeyError(), None)])
-def test_what_the_user_can_mend_is_said_in_one_line(refused, error, words):
+def test_what_the_user_can_fix_is_said_in_one_line(refused, error, words):
     def script(arguments):
         with data.one_line_errors("x.py"):
             raise error

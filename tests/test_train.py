@@ -25,7 +25,7 @@ from bert import Bert, BertConfig, Embeddings, load_bert
 from smartbert import SmartBert, infer_one, phase1_loss, phase2_loss
 
 ROOT = Path(train.__file__).parent
-# Of processes; without torchrun, what another launcher left over means nothing.
+# The processes' environment; without torchrun, what another launcher left means nothing.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": "1",
                             "WORLD_SIZE": "2", "PYTHONWARNINGS": "ignore"}
 FLAGS = train.make_parser(train.METHODS)._actions[1:]       # without --help

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 
 class UserError(Exception):
-    """An error that the user can mend; the message is one line."""
+    """An error that the user can fix; the message is one line."""
 
 
 # --- Files --------------------------------------------------------------------------------------
