@@ -240,7 +240,7 @@ def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
 
 
 def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]:
-    """The split sorted by length, in as few equal batches as hold at most `largest` rows each."""
+    """The split sorted by length, in the fewest batches of equal size, at most `largest` rows."""
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
     order = sorted(range(len(split)), key=lambda i: len(split.ids[i]))
     return [collate(split, order[i:i + size], device) for i in range(0, len(order), size)]
