@@ -200,7 +200,7 @@ def read_config(path: Path) -> BertConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors or else of pytorch_model.bin, without running its code."""
+    """The tensors of model.safetensors or of pytorch_model.bin, whose pickled code is not run."""
     path = folder / "model.safetensors"
     if path.is_file():
         return safetensors.torch.load(path.read_bytes())

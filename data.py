@@ -240,7 +240,7 @@ def training_batches(split: Split, size: int, seed: int) -> list[list[int]]:
 
 
 def pools(split: Split, device: str = "cpu", largest: int = 1024) -> list[Batch]:
-    """The split sorted by length, in the fewest batches of equal size, at most `largest` rows."""
+    """The split sorted by length, in the fewest batches of at most `largest` rows, about equal."""
     size = math.ceil(len(split) / math.ceil(len(split) / largest))
     order = sorted(range(len(split)), key=lambda i: len(split.ids[i]))
     return [collate(split, order[i:i + size], device) for i in range(0, len(order), size)]
@@ -271,9 +271,9 @@ def toy(train: int = 3600, dev: int = 900, seed: int = 0) -> dict[str, Split]:
     for name, size, levels in ("train", train, (0, 1, 2, 2)), ("dev", dev, (0, 1, 2)):
         split = splits[name] = Split(name, [], [])
         while len(split) < size:
-            turn, label = divmod(len(split), 3)         # a turn has each label once, at one level
+            turn, label = divmod(len(split), 3)         # first the answer: a turn has each once
             swaps, cup = rng.choices(SWAPS, k=levels[turn % len(levels)]), CUPS[label]
-            for swap in reversed(swaps):                # back to where the thing was hidden
+            for swap in reversed(swaps):                # from there back to the first cup
                 if cup in swap:
                     cup = swap.replace(cup, "")
             text = " ".join([rng.choice(OWNERS), rng.choice(THINGS), cup, *swaps])
@@ -309,7 +309,7 @@ def split_lines(content: bytes, source: str | Path) -> list[str]:
 
 
 def read_vocabulary(path: Path) -> BertWordPieceTokenizer:
-    """BERT's WordPiece over vocab.txt, a token a line; like transformers it lower-cases
+    """BERT's WordPiece over vocab.txt, one token per line; like transformers it lower-cases
     texts unless tokenizer_config.json says otherwise. Refuses what vocab.txt cannot express."""
     if not path.is_file():
         raise UserError(f"{path.parent} holds neither tokenizer.json nor vocab.txt")
@@ -465,7 +465,7 @@ def fetch_weights(name: str) -> Path:
 
 
 def in_words(error: BaseException) -> str:
-    """Class and words of an exception and of its cause, in one line, without torch's advice."""
+    """Type and message of an exception and of its cause, in one line, without torch's advice."""
     words = f"{type(error).__name__}: {str(error).rpartition('WeightsUnpickler error: ')[2]}"
     if error.__cause__ is not None:
         words += f" from {error.__cause__!r}"

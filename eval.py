@@ -7,11 +7,11 @@ The inference modes: *plain* (every layer and the last head), *skip* (gates only
 only), *both*. FLOPs are counted on real tokens, with gates and heads.
 
 Gates do not depend on the threshold, and an exit only ends a row's computation early. So two
-*full passes* over a split, with and without gates, serve every threshold: they ask the head of
-every layer that runs, and no row exits. `apply_exits` then ends each row at its exit; only the
-seconds are those of real dynamic inference. Read `evaluate` first. N examples, L layers, C
-classes. Unless said otherwise, run is a train.Run, model a SmartBert, split a Split, points a list
-of Point.
+*full passes* over a split, with and without gates, serve every threshold: no row exits, and the
+heads of all layers that run are asked, as is the last. `apply_exits` then ends each row at its
+exit; only the seconds are those of real dynamic inference. Read `evaluate` first. N examples, L
+layers, C classes. Unless said otherwise, run is a train.Run, model a SmartBert, split a Split,
+points a list of Point.
 """
 
 import argparse
@@ -254,7 +254,7 @@ def evaluate(run, model, options):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    baselines = {"exit": Point("plain")}
+    baselines = {"exit": Point("plain")}   # a mode with exits -> the same without
     if run.gates:
         baselines["both"] = Point("skip")
     points = list(baselines.values())

@@ -52,7 +52,7 @@ class Gate(nn.Module):
         super().__init__()
         self.body = ClsAttention(hidden_size, width, n_heads=2, dropout=dropout)
         self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, bias)          # far below 0, g < 1/2: layers run at first
+        nn.init.constant_(self.out.bias, bias)          # below 0, g < 1/2: layers run at first
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """h (B, S, H) -> g (B,)."""
@@ -61,7 +61,7 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """The space in which the contrast compares tokens, so hidden states need not be similar."""
+    """To a space in which the contrast compares tokens; so hidden states need not be similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
 
@@ -84,14 +84,14 @@ class ExitHead(nn.Module):
 
 class SmartBert(nn.Module):
     """BERT with a gate before each layer and an exit head after it. bert: the encoder. classes: C.
-    gate_bias: initial bias of every gate; at 0, gates start near g = 1/2."""
+    gate_bias: initial bias of every gate; at 0, gates start near g = 1/2. L is at least 2."""
 
     def __init__(self, bert: Bert, classes: int, gate_bias: float = -2.0):
         super().__init__()
         config = bert.config
         H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
-        # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
-        # gate costs about the same share of a layer if H >= 96. At least 16: four heads of 4.
+        # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So at
+        # every H >= 96 a gate costs the same share of a layer. At least 16: four heads of 4.
         W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))
@@ -233,8 +233,8 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
                 tau1: float = 0.5, full_share: float = 0.0) -> dict[str, Tensor]:
     """loss1 = (1 - eta1) * ( CE(last head) + penalty ) + eta1 * sum_i contrast(u_i, u_{i+1})
 
-    The sum is over i = 1 .. L-1. Since u_i = projections_i(h_{i-1}), the contrast compares the
-    inputs of neighbouring layers. Phase 2 uses a mean over i instead, as in the paper's code.
+    The sum is over i = 1 .. L-1. Here u_i = projections_i(h_{i-1}), so the contrast compares the
+    inputs of neighbouring layers. In the paper's code, too, phase 1 has a sum and phase 2 a mean.
     With lam = 0 and budget = 1 there is no penalty. `gated_forward` explains hard and full_share.
     ids, segment_ids and mask are (B, S); labels are (B,).
     Returns the loss, its parts (scalars) and run (L,), the mean of 1 - g for each layer."""
@@ -324,7 +324,7 @@ def infer(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor, *, s
     ids, segment_ids and mask are (N, S). Rows sorted by length are fastest. With skip, the gates
     are used. A row exits after a layer that it ran if the entropy there is below threshold. If
     threshold is None, no row exits early. With all_heads, every layer that ran asks its head
-    even then. The default of batch_tokens depends on the device. Call model.eval() first."""
+    even so. The default of batch_tokens depends on the device. Call model.eval() first."""
     N, L, C, device = len(ids), len(model.gates), model.heads[-1].out.out_features, ids.device
     if batch_tokens is None:
         batch_tokens = {"cpu": 1024}.get(device.type, 32768)

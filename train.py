@@ -7,7 +7,7 @@
 
 Phase 1 trains encoder, gates, last head and projections; phase 2 only the other heads.
 
-A run's folder: model.pt (settings, log, weights), run.json (its readable copy), tokenizer.json.
+A run's folder: model.pt (settings, log, weights), run.json (to be read), tokenizer.json.
 Below, run is a Run, model a SmartBert; training and validation are encoded Splits.
 """
 
@@ -169,19 +169,19 @@ def keep_best(run, model, result):
 
 def gate_rank(run, share):
     """Rank 2: the run has no gates, or lambda is 0 and the share of layers run <= 1.1 * budget.
-    Rank 1: the penalty has full strength at the end of the epoch. Rank 0: all else, and soft gates
+    Rank 1: the penalty had full strength before the epoch ended. Rank 0: all else, and soft gates
     before hard ones. The rank counts before the score: epochs score best before gates skip."""
     settings = run.settings
     if not run.gates:
         return 2
     if run.epoch < settings.soft_epochs < settings.epochs1:     # hard gates are still to come
         return 0
-    full_from = settings.gates_from                     # lambda is full at once
+    full_at = settings.gates_from                       # lambda is full at once
     if settings.lam == 0:
-        full_from = max(settings.gates_from, settings.full_from)
+        full_at = max(settings.gates_from, settings.full_from)
         if share <= 1.1 * settings.budget:
             return 2
-    return int((run.epoch + 1) / settings.epochs1 > full_from)
+    return int((run.epoch + 1) / settings.epochs1 > full_at)
 
 
 # --- Phase 2: the other exit heads --------------------------------------------------------------

@@ -37,8 +37,7 @@ KINDS = {   # script and flags
     "deebert": f"{RIVAL} deebert {FROM}", "fastbert": f"{RIVAL} fastbert {FROM}",
     "pabee": f"{RIVAL} pabee", "berxit": f"{RIVAL} berxit",
     "no-contrast": "train.py --eta1 0 --eta2 0", "soft": "train.py --soft-epochs 8",
-    "no-skipping": "train.py --method exits", "bias0": "train.py --gate-bias 0 --gates-from 0",
-}
+    "no-skipping": "train.py --method exits", "bias0": "train.py --gate-bias 0 --gates-from 0"}
 COMMANDS = {}       # name -> the command that trains it; cola-50 is SmartBERT's
 for task, encoder, rate, kinds, seeds in STUDY:
     for kind in kinds.split():
@@ -84,6 +83,7 @@ def check(name, asked):
             mean, spread = statistics.mean(known), statistics.stdev(known)
             verdict = "in" if abs(row[value] - mean) <= 2 * spread else "NOT in"
             print(mode, value, f"{row[value]:.3f} {verdict} {mean:.3f} +- {2 * spread:.3f}")
+    os.rename(asked.runs / f"check-{name}", asked.runs / f"checked-{name}-{int(time.time())}")
 
 
 def main(arguments=sys.argv[1:]):

@@ -174,7 +174,7 @@ def at_costs(study, costs):
     lines = [f"{heading} {'mode':<6} {'seeds':>5}" + "".join(f" {cost:>30.2f}" for cost in costs)]
     for name, ((data, weights, *_), seeds) in zip(names, study.items()):
         usual = study.get((data, weights, "smartbert", ""), [])
-        rivals = {result.settings["seed"]: result for result in usual}
+        rivals = {result.settings["seed"]: result for result in usual if "both" in result.curves}
         for mode in ("exit", "both"):
             runs = [result for result in seeds if mode in result.curves]
             if not runs:

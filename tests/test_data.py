@@ -308,8 +308,7 @@ CUT = {"direction": "Left", "max_length": 5, "strategy": "OnlyFirst", "stride": 
 ENDS = {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
 BERT = USUAL["normalizer"]
 TOKENIZERS = {  # what changes in the usual tokenizer.json
-    "usual": {},
-    "cased": {"normalizer": BERT | {"lowercase": False}},
+    "usual": {}, "cased": {"normalizer": BERT | {"lowercase": False}},
     "with accents": {"normalizer": BERT | {"strip_accents": False}},
     "Chinese words": {"normalizer": BERT | {"handle_chinese_chars": False}},
     "nothing": {"normalizer": None},

@@ -293,10 +293,11 @@ def test_a_row_beside_the_stored_seeds(tmp_path, monkeypatch, capsys, refused):
         (tmp_path / f"cola-{seed}.json").write_text(content(score, .3))
     monkeypatch.setattr(run_study, "RESULTS", tmp_path)
     monkeypatch.setattr(run_study, "make", lambda name, *more: content(.99, .4))
+    monkeypatch.setattr(run_study.os, "rename", lambda old, new: print(old))
     flags = ["--weights", "w", "--data-dir", "g", "--runs", str(tmp_path)]
     run_study.main([*flags, "--check", "cola-50"])
-    assert capsys.readouterr().out == ("both score 0.990 in 0.800 +- 0.200\n"
-                                       "both flops 0.400 NOT in 0.300 +- 0.000\n")
+    assert capsys.readouterr().out == ("both score 0.990 in 0.800 +- 0.200\nboth flops 0.400 NOT "
+                                       f"in 0.300 +- 0.000\n{tmp_path}/check-cola-50\n")
     refused(run_study.main, [*flags, "--check", "mrpc-50"], "fewer than two stored seeds")
 
 

@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         convert(options.source, options.folder)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
