@@ -254,7 +254,7 @@ def evaluate(run, model, options):
     _, held = hold_out(splits["train"], settings.held_out, settings.seed, settings.limit)
 
     # The table's points: each mode without exits, then with exits at each threshold.
-    baselines = {"exit": Point("plain")}   # a mode with exits -> the same without
+    baselines = {"exit": Point("plain")}        # a mode with exits -> the same without
     if run.gates:
         baselines["both"] = Point("skip")
     points = list(baselines.values())

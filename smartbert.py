@@ -61,7 +61,7 @@ class Gate(nn.Module):
 
 
 def projection(inputs: int, width: int) -> nn.Sequential:
-    """To a space in which the contrast compares tokens; so hidden states need not be similar."""
+    """Maps tokens to where the contrast compares them, so hidden states need not be similar."""
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.Tanh(),
                          nn.Linear(width, width))
 
@@ -90,8 +90,8 @@ class SmartBert(nn.Module):
         super().__init__()
         config = bert.config
         H, L, dropout = config.hidden_size, len(bert.layers), config.attention_probs_dropout_prob
-        # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So at
-        # every H >= 96 a gate costs the same share of a layer. At least 16: four heads of 4.
+        # W = H / 6, rounded to a multiple of 8: 128 for bert-base, as in the paper's code. So a
+        # gate costs about the same share of a layer at any H >= 96. At least 16: four heads of 4.
         W = max(16, 8 * round(H / 48))
         self.bert = bert
         self.gates = nn.ModuleList(Gate(H, W, dropout, gate_bias) for _ in range(L))

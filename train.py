@@ -7,7 +7,7 @@
 
 Phase 1 trains encoder, gates, last head and projections; phase 2 only the other heads.
 
-A run's folder: model.pt (settings, log, weights), run.json (to be read), tokenizer.json.
+A run's folder: model.pt (settings, log, weights), run.json (settings, log), tokenizer.json.
 Below, run is a Run, model a SmartBert; training and validation are encoded Splits.
 """
 

@@ -71,7 +71,7 @@ def make(name, command, asked):
 
 
 def check(name, asked):
-    """Train a stored row again, and compare it with the stored seeds."""
+    """Train a stored row again, compare it with the stored seeds, and move its folder aside."""
     def chosen(result):
         return {r["mode"]: r for r in result["rows"] if r["chosen"] or r["threshold"] is None}
     stored = [chosen(json.loads(p.read_text())) for p in RESULTS.glob(f"{name[:-3]}-5?.json")]
