@@ -236,8 +236,8 @@ def phase1_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     The sum is over i = 1 .. L-1. Here u_i = projections_i(h_{i-1}), so the contrast compares the
     inputs of neighbouring layers. In the paper's code, too, phase 1 has a sum and phase 2 a mean.
     With lam = 0 and budget = 1 there is no penalty. `gated_forward` explains hard and full_share.
-    ids, segment_ids and mask are (B, S); labels are (B,).
-    Returns the loss, its parts (scalars) and run (L,), the mean of 1 - g for each layer."""
+    ids, segment_ids and mask are (B, S); labels are (B,). Returns "loss", its parts "task",
+    "penalty" and "contrast" (scalars), and "run" (L,), the mean of 1 - g for each layer."""
     gated = gated_forward(model, ids, segment_ids, mask, hard, full_share=full_share)
     logits, _ = model.heads[-1](gated.last, mask)                           # (B, C)
     task = F.cross_entropy(logits, labels)
@@ -260,7 +260,7 @@ def phase2_loss(model: SmartBert, ids: Tensor, segment_ids: Tensor, mask: Tensor
     but head i always reads layer_i(h_{i-1}), even where the gate skips layer i. The head returns
     narrow tokens z_i, and u_i = head_i.project(z_i). Only heads 1 .. L-1 are trained.
     `gated_forward` explains full_share. ids, segment_ids and mask are (B, S); labels are (B,).
-    Returns the loss and its parts, which are scalars."""
+    Returns scalars "loss", "task" and "contrast". With L = 2 there is no pair: contrast is 0."""
     depth = len(model.heads) - 1
     with torch.no_grad():
         gated = gated_forward(model, ids, segment_ids, mask, hard=True, depth=depth,

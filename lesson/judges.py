@@ -247,8 +247,8 @@ def test_contrast():
     right = contrast_by_hand(us, vs, 0.5)
     got = smartbert.contrast(u, v, mask, 0.5)
     if isinstance(got, torch.Tensor) and not (got.abs() < 1e3).all():
-        fail("the contrast is not finite, or huge: padding is masked as a negative, but still an "
-             "anchor whose own logit is masked: take the mean of losses[mask]")
+        fail("the contrast is not finite, or huge, because an anchor's own logit is masked: use "
+             "~mask to fill the padding of v, and average losses[mask], without padding's rows")
     judge("the contrast", got, mean(right), {
         "it is a mean over the real tokens, padding does not count": sum(right) / mask.numel(),
         "the positive is missing from the denominator":

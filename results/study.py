@@ -169,12 +169,15 @@ def at_cost(points, cost):
 def at_costs(study, costs):
     """The score of every method at the same shares of plain BERT's FLOPs: mean and spread over the
     seeds, and in brackets the points by which it differs from SmartBERT's gates and exits with the
-    same seed: those of the same run, or else of SmartBERT as usual."""
+    same seed. An exit is compared with both of its own run; where that has no gates, and with
+    both, SmartBERT as usual is the other side."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5}" + "".join(f" {cost:>30.2f}" for cost in costs)]
     for name, ((data, weights, *_), seeds) in zip(names, study.items()):
         usual = study.get((data, weights, "smartbert", ""), [])
-        rivals = {result.settings["seed"]: result for result in usual if "both" in result.curves}
+        rivals = {}
+        if seeds is not usual:
+            rivals = {result.settings["seed"]: result for result in usual}
         for mode in ("exit", "both"):
             runs = [result for result in seeds if mode in result.curves]
             if not runs:
@@ -184,10 +187,10 @@ def at_costs(study, costs):
                 scores, points = [], []
                 for result in runs:
                     scores.append(at_cost(result.curves[mode], cost))
-                    rival = result
-                    if "both" not in result.curves:
-                        rival = rivals.get(result.settings["seed"])
-                    if rival is not None and mode != "both":
+                    rival = rivals.get(result.settings["seed"])
+                    if mode == "exit" and "both" in result.curves:
+                        rival = result
+                    if rival is not None and "both" in rival.curves:
                         points.append(100 * (scores[-1] - at_cost(rival.curves["both"], cost)))
                 line += f" {score_and_points(scores, points):>30}"
             lines.append(line.rstrip())

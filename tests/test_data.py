@@ -44,8 +44,7 @@ def write(path: Path, content: str | bytes | dict) -> Path:
 # --- Metrics ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tp, fp, fn, tn, accuracy, f1, matthews", [  # worked out by hand
-    (6, 1, 2, 3, 9 / 12, 12 / 15, 16 / 1120**0.5),
-    (5, 0, 0, 4, 1.0, 1.0, 1.0),
+    (6, 1, 2, 3, 9 / 12, 12 / 15, 16 / 1120**0.5), (5, 0, 0, 4, 1.0, 1.0, 1.0),
     (0, 4, 5, 0, 0.0, 0.0, -1.0),
     (7, 3, 0, 0, 0.7, 14 / 17, 0.0),  # one class predicted: no Matthews'
     (0, 0, 3, 7, 0.7, 0.0, 0.0)])
@@ -121,8 +120,7 @@ def test_rows_of_another_width_or_without_a_gold_label_are_left_out(tmp_path, ca
 
 @pytest.mark.parametrize("train, words", [
     (RTE + "0\ta\tb\tentailment\n1\ta\tb\tno\n", ["train.tsv", "2", "'no'", "not_entailment"]),
-    (RTE, ["train.tsv", "no examples"]),
-    ("", ["train.tsv", "no column 'sentence1'"]),
+    (RTE, ["train.tsv", "no examples"]), ("", ["train.tsv", "no column 'sentence1'"]),
     ("index\tsentence1\tlabel\n0\ta\tentailment\n", ["train.tsv", "no column 'sentence2'"]),
     (RTE.encode() + b"0\t\xff\xfe\tb\tentailment\n", ["train.tsv", "UTF-8"])])
 def test_files_that_cannot_be_used(tmp_path, train, words):
@@ -311,8 +309,7 @@ TOKENIZERS = {  # what changes in the usual tokenizer.json
     "usual": {}, "cased": {"normalizer": BERT | {"lowercase": False}},
     "with accents": {"normalizer": BERT | {"strip_accents": False}},
     "Chinese words": {"normalizer": BERT | {"handle_chinese_chars": False}},
-    "nothing": {"normalizer": None},
-    "white space": {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+    "nothing": {"normalizer": None}, "white space": {"pre_tokenizer": {"type": "WhitespaceSplit"}},
     "added": {"added_tokens": ADDED},
     "prefix": {"model": USUAL["model"] | {"continuing_subword_prefix": "@@"}},
     "short words": {"model": USUAL["model"] | {"max_input_chars_per_word": 3}},

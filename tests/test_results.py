@@ -230,7 +230,8 @@ def test_the_tables_of_two_seeds(tmp_path, refused):
     odd = [plain, ("exit", .2, .25, .2, False), ("exit", .1, .3, .6, True)]
     files += [write_result(tmp_path / "c", "exits", 50, odd, budget=.1),
               write_result(tmp_path / "d", "deebert", 50, odd, from_run="runs/a50", eta1=0),
-              write_result(tmp_path / "e", "smartbert", 52, odd, eta1=0, gates_from=.1)]
+              write_result(tmp_path / "e", "smartbert", 51, [*odd, ("both", .2, .25, .3, False)],
+                           eta1=0, gates_from=.1)]
     read = study.read_study(files)
     for table, expected in ((study.summary(read), (
             "smartbert exit 2 0.210 +- 0.014 0.200 +- 0.000 -30.0",
@@ -238,7 +239,8 @@ def test_the_tables_of_two_seeds(tmp_path, refused):
             "smartbert gates_from=0.1 eta1=0 exit 1 0.300 0.600 -21.0",
             "exits exit 1 0.300 0.600 -21.0", "deebert exit 1 0.300 0.600 -21.0")),
             (study.at_costs(read, [.3, .9]), (
-            "smartbert exit 2 0.235 +- 0.014 (+3.5 +- 1.4) -", "deebert exit 1 0.263 (+6.3) -"))):
+            "smartbert exit 2 0.235 +- 0.014 (+3.5 +- 1.4) -", "deebert exit 1 0.263 (+6.3) -",
+            "smartbert gates_from=0.1 eta1=0 both 1 0.250 (+5.0) -"))):
         lines = [" ".join(line.split()) for line in table.splitlines()]
         assert {"cola dev gte " + line for line in expected} <= set(lines)
     (tmp_path / "f").write_text("{}")
