@@ -64,11 +64,6 @@ def assert_equals_stored(folder: Path) -> None:
     assert len(os.listdir(folder)) == 4
 
 
-def varint(value: int) -> bytes:
-    """In two bytes, even where one would do."""
-    return bytes([value % 128 + 128, value // 128])
-
-
 def masked_crc(content: bytes) -> int:
     """CRC-32C by a division bit by bit, masked as TensorFlow and LevelDB do."""
     crc = 0xFFFFFFFF
@@ -78,18 +73,6 @@ def masked_crc(content: bytes) -> int:
             crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-
-
-def index(dtype: bytes = b"\x09", kind: bytes = b"\0") -> bytes:
-    """The fixture's index made anew. dtype: of global_step. kind: of the blocks, 1: compressed."""
-    def closed(block: bytes) -> bytes:
-        return block + kind + masked_crc(block + kind).to_bytes(4, "little")
-    block = closed(FILES[INDEX][:5497].replace(b"step\x08\x09", b"step\x08" + dtype))
-    handle = varint(0) + varint(len(block) - 5)
-    entry = bytes([0, 1, len(handle)]) + b"z" + handle
-    blocks = closed(entry + bytes(4) + (1).to_bytes(4, "little"))       # one restart, at 0
-    handles = varint(0) * 2 + varint(len(block)) + varint(len(blocks) - 5)
-    return block + blocks + handles.ljust(40, b"\0") + FILES[INDEX][-8:]
 
 
 @torch.no_grad()
@@ -109,7 +92,6 @@ def test_a_zip_becomes_a_folder_of_the_hub(tmp_path):
 
 @pytest.mark.parametrize("name, files, lower", [
     ("mac.zip", MAC, True), ("folder", FILES, True), ("saved model", SAVED, True),
-    ("made anew", FILES | {INDEX: index()}, True),
     ("cased", FILES | {"vocab.txt": b"[CLS]\nthe\nThe\n"}, False),
     ("told", FILES | {"tokenizer_config.json": b'{"do_lower_case": false}'}, False)])
 def test_other_sources(tmp_path, name, files, lower):
@@ -153,12 +135,11 @@ def test_missing_files(tmp_path, unwritten, name):
 
 @pytest.mark.parametrize("name", ["bert_config.json", INDEX, DATA])
 def test_damaged_files(tmp_path, unwritten, name):
-    """Empty, truncated, of another kind; an index with a tensor of texts (type 7); compressed."""
+    """Empty, truncated, of another kind."""
     words = (INDEX, DATA, "damaged", "(a checksum or", "download the model again")
     if name == "bert_config.json":
         words = (name, "is not a JSON object")
-    for content in (b"", FILES[name][:-7], b"[1]", b"\xff\xfe{", index(dtype=b"\x07"),
-                    index(kind=b"\1")):
+    for content in (b"", FILES[name][:-7], b"[1]", b"\xff\xfe{"):
         unwritten(write(tmp_path / "source", FILES | {name: content}), *words)
 
 

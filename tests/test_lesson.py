@@ -107,7 +107,8 @@ def test_trace_is_infer_one(folder, tmp_path, capsys, threshold):
             assert ("exited" in line) == (i == exit < 6)
             assert i > exit or (float(line.split()[1]) < 0.5) == (i in ran)  # the gate
         entropy = smartbert.entropy(logits).item()
-        assert layers[exit - 1].split()[-2:] == [f"{entropy:.3f}", f"{flops:.1%}"]
+        assert layers[exit - 1].split()[-4:] == [answers[-1][0], f"{logits.softmax(1).max():.0%}",
+                                                 f"{entropy:.3f}", f"{flops:.1%}"]
         paths.add((tuple(ran), exit))
     assert len(paths) > 1
     (tmp_path / "texts").write_text("\n".join(texts) + "\r\n\n", encoding="utf-8")

@@ -113,6 +113,9 @@ def test_one_example_in_each_mode_and_layer(runs, show):
             states = tab.locator("#layers td:nth-child(2)").all_inner_texts()
             assert [each in ("ran", "exited") for each in states] == outcome.ran[row].tolist()
             assert states.count("unreached") == 5 - exit
+            said, logits = tab.locator("#layers tr").nth(exit).inner_text(), outcome.logits[row]
+            assert all(f"{100 * p:.0f}%" in said for p in logits.softmax(0).tolist())
+            assert said.endswith(f"{entropy(logits):.3f}")
 
 
 def test_controls(runs, show):

@@ -95,8 +95,10 @@ def test_runs_from_a_finished_bert(tmp_path, runs, refused):
     whole, half, start = map(weights_of, (tmp_path / "whole", tmp_path / "half", bert))
     assert all(torch.equal(value, half[name]) for name, value in whole.items())
     assert not torch.equal(start["heads.0.out.weight"], half["heads.0.out.weight"])
-    for folder, seed, words in (bert, 51, "seed = 50"), (tmp_path / "half", 50, "not a finished"):
-        refused(rivals.main, [*flags, tmp_path / "x", "--from-run", folder, "--seed", seed], words)
+    for folder, flag, value, words in (
+            (bert, "--seed", 51, "seed = 50"), (bert, "--held-out", .2, "held_out = 0.1"),
+            (bert, "--limit", 99, "limit = 120"), (tmp_path / "half", "--seed", 50, "not a fin")):
+        refused(rivals.main, [*flags, tmp_path / "x", "--from-run", folder, flag, value], words)
         assert not (tmp_path / "x").exists()
     refused(criteria.main, [tmp_path / "half", "--criterion", "patience"], "trained for entropy")
 
@@ -114,9 +116,15 @@ def test_a_stopped_run_goes_on_the_same_way(tmp_path, monkeypatch, runs):
         with monkeypatch.context() as patch, pytest.raises(EOFError):
             patch.setattr(rivals, "end_epoch", stop)
             rivals.main([*flags, str(half)])
+        first = weights_of(half)
         rivals.main([*flags, str(half), "--resume"])
         half = weights_of(half)
         assert all(torch.equal(value, half[name]) for name, value in weights_of(whole).items())
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "gate_rank", lambda run, share: -run.epoch)    # the first is best
+            rivals.main([*flags, str(tmp_path / method / "best")])
+        best = weights_of(tmp_path / method / "best")
+        assert all(torch.equal(value, best[name]) for name, value in first.items())
 
 
 def agreeing(answers):
@@ -165,7 +173,9 @@ def test_comparison():
             cost = cost + auxiliary_flops(model.heads[0], lengths)
             assert row["flops"] == pytest.approx(cost.sum() / plain_flops(model, lengths).sum())
         assert row["score"] <= rows[-1]["score"]
-    assert len(criteria.comparison_table(rows).splitlines()) == 6
+    points = [(row["flops"], row["score"]) for row in rows if row["criterion"] == "layer"]
+    table = criteria.comparison_table(rows).splitlines()
+    assert len(table) == 6 and table[4].split()[3] == f"{study.at_cost(points, .4):.3f}"
 
 
 def test_pabee_by_loops(runs, refused):
@@ -247,6 +257,9 @@ def test_the_tables_of_two_seeds(tmp_path, refused):
     refused(study.main, [tmp_path / "f"], "not an eval.json of this version")
     stored = study.read_study(RESULTS.glob("*-5?.json"))
     assert "both       3 0.347 +- 0.030 0.332 +- 0.032    +1.8" in study.summary(stored)
+    lines = {" ".join(line.split()) for line in study.at_costs(stored, [.1, .4]).splitlines()}
+    assert lines >= {"toy dev pabee exit 3 - 1.000 +- 0.000 (+0.3 +- 0.3)", "cola dev gte-small "
+                     "berxit exit 3 0.133 +- 0.024 (-1.2 +- 2.0) 0.376 +- 0.019 (+2.4 +- 0.9)"}
     free = {"lr", "weights", "seed", "limit", "bf16", *train.FREE}
     for (_, _, method, words), [run, *_] in stored.items():     # made by today's defaults
         if method == "smartbert" and words in ("", " recipe=release"):
@@ -264,6 +277,11 @@ def test_the_study_makes_what_is_missing(tmp_path, monkeypatch, refused):
         script, *words = [word.format(**asked) for word in command.split()]
         settings = (train.parse if script == "train.py" else rivals.parse_all)(words)
         assert name.startswith(settings.task) and name.endswith(str(settings.seed))
+        if (RESULTS / f"{name}.json").is_file():
+            made = json.loads((RESULTS / f"{name}.json").read_text())["settings"]
+            free = {"from_run", "weights"} | (study.OF_GATES if "-bert-" in name else set())
+            assert {x for x in made if made[x] != getattr(settings, x)} <= free, name
+            assert settings.weights == f"w/{made['weights']}"
     def run(words, stdout, stderr):
         trains = "--out" in words
         folder = Path(words[words.index("--out") + 1] if trains else words[2])
@@ -303,24 +321,37 @@ def test_a_row_beside_the_stored_seeds(tmp_path, monkeypatch, capsys, refused):
     refused(run_study.main, [*flags, "--check", "mrpc-50"], "fewer than two stored seeds")
 
 
-def test_ceiling(tmp_path, runs, refused):
-    """Gates and plain are what `infer` gives; greedy drops what hurts least."""
-    folder = tmp_path / "run"
+def test_ceiling(tmp_path, runs, refused, monkeypatch):
+    """Gates and plain are what `infer` gives; examples are shuffled; greedy drops what hurts
+    least."""
+    folder, seen, score_of = tmp_path / "run", [], ceiling.score_of
+    monkeypatch.setattr(ceiling, "score_of", lambda *of: seen.append(of[3]) or score_of(*of))
     train.main([*TOY, "--gate-bias", "0", "--gates-from", "0", "--out", str(folder)])
     ceiling.main([str(folder), "--json", str(tmp_path / "x")])
+    *shuffled, gates = [ran for ran in seen if len(ran) == 900][:6]
+    for ran in shuffled:
+        assert sorted(ran.tolist()) == sorted(gates.tolist()) and not ran.equal(gates)
     found, = json.loads((tmp_path / "x").read_text())
     _, model = train.load_run(folder, "cpu")
     dev, every = encode(load_tokenizer(folder), load_task("toy")["dev"]), set(range(6))
-    batch = collate(dev, range(len(dev)))
+    batch, toy = collate(dev, range(len(dev))), TASKS["toy"]
+    held = encode(load_tokenizer(folder), hold_out(load_task("toy")["train"], .1, 50, 120)[1])
+    kept = ceiling.greedy(model, held, toy, found["depth"])
+    assert found["greedy_layers"] == [i + 1 for i in sorted(kept)]
+    often = infer(model, *batch.inputs).ran.sum(0).sort(descending=True).indices.tolist()
+    often = ceiling.one_path(often[:found["depth"]], 900, 6)
+    assert found["most_run"] == ceiling.score_of(model, dev, toy, often)
     for name, skip in ("gates", True), ("plain", False):
         answers = infer(model, *batch.inputs, skip=skip).logits.argmax(1)
         assert found[name] == pytest.approx((answers == batch.labels).float().mean().item())
     assert found["patterns"] > 1 and found["shuffled_spread"] > 0
     assert len(found["greedy_layers"]) == found["depth"] == round(found["layers"])
     dev = dev.select(range(99))
-    without = [ceiling.score_of(model, dev, TASKS["toy"], ceiling.one_path(every - {i}, 99, 6))
-               for i in range(6)]
-    assert ceiling.greedy(model, dev, TASKS["toy"], 5) == every - {without.index(max(without))}
+    while len(every) > 4:
+        without = {i: ceiling.score_of(model, dev, toy, ceiling.one_path(every - {i}, 99, 6))
+                   for i in every}
+        every = every - {max(without, key=without.get)}
+    assert ceiling.greedy(model, dev, toy, 4) == every
     refused(ceiling.main, [runs / "pabee"], "no gates")
 
 
@@ -338,3 +369,9 @@ def test_bench(tmp_path, monkeypatch):
     bench.main([*flags.split(), "--json", str(tmp_path / "x.json")])
     figures = json.loads((tmp_path / "x.json").read_text())
     assert sum("x in FLOPs / in seconds" in name for name in figures) == 11
+    plain = []
+    for name, value in figures.items():
+        if "x in FLOPs" in name:
+            plain.append(value["against"] * float(name.split(": ")[1].split("x")[0]))
+            assert value["ratio"] == value["against"] / value["seconds"]
+    assert plain == pytest.approx(11 * plain[:1], rel=.02)

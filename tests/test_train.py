@@ -22,6 +22,8 @@ import data
 import eval as evaluation
 import train
 from bert import Bert, BertConfig, Embeddings, load_bert
+from lesson import page
+from results import criteria
 from smartbert import SmartBert, infer_one, phase1_loss, phase2_loss
 
 ROOT = Path(train.__file__).parent
@@ -75,13 +77,6 @@ def fails_in_call(number: int, function, error):
             raise error
         return function(*more)
     return call
-
-
-def process(arguments, *script, stdout=subprocess.PIPE) -> subprocess.Popen:
-    """train.py, or another script, as a process of its own."""
-    command = [sys.executable, *(script or [ROOT / "train.py"]), *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=stdout, stderr=subprocess.PIPE,
-                            text=True)
 
 
 @pytest.fixture(scope="module")
@@ -432,8 +427,9 @@ def test_bfloat16_and_nothing_held_out(tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(Embeddings, "forward", noting)
     run = stored(trained([*QUICK, "--bf16", *more.split()], tmp_path / "run"))
     assert set(seen) == {torch.bfloat16}
-    seen.clear()
     evaluation.main([str(tmp_path / "run"), "--repeats", "0", "--device", "cpu"])
+    for script in [page, criteria][:1 + run["exits"]]:
+        script.main([str(tmp_path / "run")])
     assert set(seen) == {torch.bfloat16}
     assert {value.dtype for value in run["weights"].values()} == {torch.float32}
     assert "warning: nothing is held out: dev selects" in capsys.readouterr().out
@@ -546,8 +542,9 @@ def test_kill_9(whole, tmp_path):
     is there is whole, and the run goes on to the same weights."""
     folder = tmp_path / "run"
     for written, epochs, shown in (6, 1, 1), (2, 2, 1), (5, 4, 4):
-        going = process([*SMALL, "--resume", "--out", folder, str(written)], "-c", KILLED)
-        assert going.wait() == -signal.SIGKILL
+        command = [sys.executable, "-c", KILLED, *SMALL, "--resume", "--out", folder, str(written)]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True)
+        assert done.returncode == -signal.SIGKILL
         run = train.load_run(folder, "cpu")[0]
         assert not run.finished and run.log == stored(whole)["log"][:epochs]
         assert len(readable(folder)["log"]) == shown and len(list(folder.glob("*.tmp"))) > 0
@@ -579,16 +576,6 @@ def test_a_full_disk(tmp_path, monkeypatch, refused, call, name):
     assert len(readable("run")["log"]) == 1 and len(stored("run")["log"]) == call - 5
     assert len(list(Path("run").iterdir())) == 3
     trained([*STEPS, "--resume"], "run")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_behind_stdout(tmp_path):
-    """One line; what could not be printed is stored."""
-    with open("/dev/full", "w") as full:
-        going = process([*STEPS, "--out", tmp_path / "run"], stdout=full)
-        error = going.communicate()[1]
-    assert going.returncode == 2 and len(error.splitlines()) == 1 and "No space left" in error
-    assert len(readable(tmp_path / "run")["log"]) == 1
 
 
 # --- Several processes --------------------------------------------------------------------------
