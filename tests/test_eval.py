@@ -331,7 +331,7 @@ def test_both_dev_sets_of_mnli(tmp_path, capsys):
     for name in "train.partial", "dev_matched", "dev_mismatched":
         write_tsv(tmp_path / f"MNLI/{name}.tsv", "sentence1\tsentence2\tgold_label",
                   sentences(30, 3), sentences(30, 4), 10 * data.TASKS["mnli"].labels)
-    run = make_run(tmp_path, "--max-length", "12", task="mnli")
+    run = make_run(tmp_path, "--max-length", "12", "--held-out", "0.5", task="mnli")
     evaluated(run)
     for name, split in ("eval", "dev_matched"), ("eval-dev_mismatched", "dev_mismatched"):
         content = json.loads((run / f"{name}.json").read_text())
