@@ -72,8 +72,8 @@ def ceiling(run, model):
     """The scores of all paths of a run. Raises UserError."""
     settings, task = run.settings, TASKS[run.settings.task]
     if not run.gates or not run.finished or settings.held_out == 0:
-        raise UserError(f"{run.folder} is not finished, or has no gates, or holds nothing out: name "
-                        f"another run of SmartBERT")
+        raise UserError(f"{run.folder} is not finished, or has no gates, or holds nothing out: "
+                        f"name another run of SmartBERT")
     splits = load_task(task.name, settings.data_dir)
     tokenizer = load_tokenizer(run.folder)
     check_data(run, splits["train"])
