@@ -169,8 +169,8 @@ def at_cost(points, cost):
 def at_costs(study, costs):
     """The score of every method at the same shares of plain BERT's FLOPs: mean and spread over the
     seeds, and in brackets the points by which it differs from SmartBERT's gates and exits with the
-    same seed. An exit is compared with both of its own run; where that has no gates, and with
-    both, SmartBERT as usual is the other side."""
+    same seed. These are of the same run for its *exit*, if it has gates; else of SmartBERT as
+    usual."""
     heading, *names = names_of(study)
     lines = [f"{heading} {'mode':<6} {'seeds':>5}" + "".join(f" {cost:>30.2f}" for cost in costs)]
     for name, ((data, weights, *_), seeds) in zip(names, study.items()):

@@ -96,8 +96,7 @@ def tokenizer_json(words: list[str] = TINY_WORDS, **changes) -> dict:
     single = [part("[CLS]", 0), part("A", 0), part("[SEP]", 0)]
     ends = {name: {"id": name, "ids": [words.index(name)], "tokens": [name]}
             for name in ("[CLS]", "[SEP]")}
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
+    return {"version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": word, **flags, "special": True}
                          for i, word in enumerate(words) if word in SPECIAL],
         "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True,

@@ -22,8 +22,7 @@ with torch.no_grad():
     mask = torch.arange(9) < torch.tensor([[9], [6], [2]])
     hiddens = model(ids, attention_mask=mask.long(), token_type_ids=types,
                     output_hidden_states=True).hidden_states
-np.savez_compressed(
-    Path(__file__).parent / "fixtures/bert.npz", ids=ids, types=types, mask=mask,
+np.savez_compressed(Path(__file__).parent / "fixtures/bert.npz", ids=ids, types=types, mask=mask,
     **{f"config/{name}": value for name, value in sizes.items()},
     **{f"weights/{name}": value.numpy() for name, value in model.state_dict().items()},
     **{f"hidden{i}": h.numpy() for i, h in enumerate(hiddens)})

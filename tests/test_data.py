@@ -313,8 +313,7 @@ TOKENIZERS = {  # what changes in the usual tokenizer.json
     "added": {"added_tokens": ADDED},
     "prefix": {"model": USUAL["model"] | {"continuing_subword_prefix": "@@"}},
     "short words": {"model": USUAL["model"] | {"max_input_chars_per_word": 3}},
-    "BertProcessing": {"post_processor": ENDS},
-    "truncation": {"truncation": CUT, "padding": FILL}}
+    "BertProcessing": {"post_processor": ENDS}, "truncation": {"truncation": CUT, "padding": FILL}}
 
 
 def by_the_library(path: Path, text: str, second: str | None, longest: int) -> tuple[list, list]:

@@ -289,8 +289,7 @@ def test_the_threshold_is_chosen_on_held_out_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind, flags, asked, modes, stars", [
-    ({}, [], [], "plain skip exit both", 2),
-    ({"gates": False}, [], [], "plain exit", 1),
+    ({}, [], [], "plain skip exit both", 2), ({"gates": False}, [], [], "plain exit", 1),
     ({"exits": False}, [], [], "plain skip", 0),
     ({"gates": False, "exits": False}, [], [], "plain", 0),                 # plain BERT
     ({}, [], ["--thresholds", "0.5", "0.1"], "plain skip exit both", 0),    # the user's own
@@ -337,6 +336,14 @@ def test_both_dev_sets_of_mnli(tmp_path, capsys):
         content = json.loads((run / f"{name}.json").read_text())
         assert (content["split"], content["partial"], content["examples"]) == (split, True, 30)
     assert capsys.readouterr().out.count("partial data: not the GLUE task") == 2
+
+
+def test_files_before_words(tmp_path, monkeypatch, refused):
+    """Where nothing can be printed, the figures are stored all the same."""
+    run, broken = make_run(tmp_path), lambda text: open("/nowhere/x")
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=broken, flush=lambda: None))
+    refused(evaluation.main, [run, "--repeats", "0"], "eval.py")
+    assert len(json.loads((run / "eval.json").read_text())["rows"]) == 20
 
 
 def test_what_is_refused(tmp_path, refused):

@@ -314,8 +314,7 @@ def test_many_pools_in_the_order_of_the_split():
 # Our names inside a gate, a head or a projection -> the release's.
 BODY = {"body.inner": ["output_layer_0"], "body.query": ["atten.query"],
         "body.key_value": ["atten.key", "atten.value"]}
-PARTS = {
-    ("gates", "gate"): BODY | {"out": ["output_layer_1"]},
+PARTS = {("gates", "gate"): BODY | {"out": ["output_layer_1"]},
     ("heads", "classifier"): BODY | {"hidden": ["output_layer_1"], "out": ["output_layer_2"]}
                              | {f"project.{i}": [f"main.{i}"] for i in (0, 1, 3)},
     ("projections", "contrast"): {"0": ["0"], "1": ["1"], "3": ["3"]}}

@@ -395,8 +395,7 @@ def test_dev_chooses_nothing(tmp_path):
     assert ends[0]["log"] == ends[1]["log"]
 
 
-@pytest.mark.parametrize("line, gated", [
-    ("--gates-from 0 --full-from 0.5", True),
+@pytest.mark.parametrize("line, gated", [("--gates-from 0 --full-from 0.5", True),
     ("--gates-from 0.3 --full-from 0.6666666666666666", True),
     ("--gates-from 0.5 --full-from 0.2", True), ("--gates-from 0.5 --lam 0.1", True),
     ("--gates-from 0 --lam 0.1 --soft-epochs 1", True), ("--full-from 0.9 --soft-epochs 2", True),

@@ -149,8 +149,6 @@ def entries(table: bytes, handle: bytes) -> Iterator[tuple[str, bytes]]:
     size, _ = varint(handle, at)
     kind = offset + size                        # the position of a byte: 0, not compressed
     check_crc(table[offset:kind + 1], number(table, kind + 1, 4))
-    if table[kind] != 0:
-        raise ValueError("a compressed block")          # TensorFlow has written none since 1.2
     block = table[offset:kind]
     key, at = b"", 0
     end = len(block) - 4 - 4 * number(block, len(block) - 4, 4)     # an array of offsets
